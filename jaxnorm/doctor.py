@@ -62,7 +62,7 @@ def _error(value: object) -> str | None:
 def _probe_jax() -> dict:
     import jax
 
-    return {"version": jax.__version__, "path": str(Path(jax.__file__).parent)}
+    return {"version": jax.__version__, "path": jax.__path__[0]}
 
 
 def _probe_devices() -> list[dict]:
@@ -82,7 +82,7 @@ def _probe_devices() -> list[dict]:
 def _probe_jaxnorm() -> dict:
     import jaxnorm
 
-    return {"version": jaxnorm.__version__, "path": str(Path(jaxnorm.__file__).parent)}
+    return {"version": jaxnorm.__version__, "path": jaxnorm.__path__[0]}
 
 
 def _probe_backends() -> dict:
