@@ -1,0 +1,156 @@
+"""The launcher from Python: loads ``jaxnorm/_launcher.*.so`` (built from csrc/launcher.cc), registers it, and calls it.
+
+The library has no Python in it; it is loaded with ctypes. Loading and registering touch no GPU, and both vendors' platforms are
+registered whatever the machine has, so that lowering and export work anywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxnorm._compile.code_object import CodeObject
+
+TARGET = "jaxnorm_launch"
+"""Name of the FFI target in the program; ``export_checks`` needs it."""
+PLATFORMS = ("CUDA", "ROCM")
+_INTERFACE = 1  # kInterface of csrc/launcher.cc
+_REBUILD = (
+    "Install a C++17 compiler (g++ or clang++) and reinstall: `pip install --force-reinstall --no-deps --no-cache-dir jaxnorm`, "
+    "or `pip install -e .` in a checkout."
+)
+
+_lock = threading.Lock()
+_status: Status | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the launcher can be used, and if not, why and what to do."""
+
+    ok: bool
+    reason: str
+    remedy: str
+    path: str | None
+    """The library, when there is one."""
+
+
+def status() -> Status:
+    """Loads and registers the launcher at the first call; the same answer ever after. Never raises."""
+    global _status
+    if _status is None:
+        with _lock:
+            if _status is None:
+                _status = _load()
+    return _status
+
+
+def require() -> Status:
+    """:func:`status`, or RuntimeError where ``JAXNORM_REQUIRE`` names the launcher and it is not usable."""
+    found = status()
+    names = [name.strip() for name in os.environ.get("JAXNORM_REQUIRE", "").split(",")]
+    if not found.ok and "launcher" in names:
+        raise RuntimeError(f"jaxnorm: JAXNORM_REQUIRE asks for the launcher. {found.reason}. {found.remedy}")
+    return found
+
+
+def launch(
+    code: CodeObject,
+    args: Sequence[jax.Array],
+    *,
+    grid: tuple[int, int, int],
+    layout: str,
+    scalars: Sequence[int],
+    out_types: Sequence[jax.ShapeDtypeStruct],
+    aliases: Mapping[int, int] | None = None,
+) -> list[jax.Array]:
+    """One launch of a code object's kernel: a custom call in the program that is being traced.
+
+    Args:
+      code:      what to launch; its ``threads`` and ``shared`` are the block and the dynamic shared memory.
+      args:      operands, in the order of the kernel's buffers.
+      grid:      blocks; a 0 means no launch, with the results left as they are.
+      layout:    one letter per kernel parameter: ``p`` the next buffer (``args``, then results), ``n`` a null pointer, ``i`` the
+                 next scalar in 4 bytes, ``l`` in 8 bytes, ``f`` the next scalar being the bits of a float32. Two more null
+                 pointers follow the last parameter (Triton's scratch).
+      scalars:   integers, see ``layout``.
+      out_types: shape and dtype of each result.
+      aliases:   operand -> result that uses its buffer.
+
+    Raises:
+      RuntimeError: no launcher. What does not fit together is an error when the program is compiled or run, with the
+        kernel's name in it.
+    """
+    import jax
+    import numpy as np
+
+    found = require()
+    if not found.ok:
+        raise RuntimeError(f"jaxnorm: {found.reason}. {found.remedy}")
+    call = jax.ffi.ffi_call(TARGET, tuple(out_types), input_output_aliases=dict(aliases or {}))
+    results = call(
+        *args,
+        image=code.image,
+        name=code.name,
+        target=code.target,
+        grid=np.array(grid, np.int64),
+        threads=np.int64(code.threads),
+        shared=np.int64(code.shared),
+        layout=layout,
+        scalars=np.array(scalars, np.int64),
+    )
+    return list(results)
+
+
+def _load() -> Status:
+    spec = importlib.util.find_spec("jaxnorm._launcher")
+    if spec is None or spec.origin is None:
+        return Status(False, "launcher not built: there is no jaxnorm/_launcher.*.so", _REBUILD, None)
+    path = spec.origin
+    try:
+        library = ctypes.CDLL(path)
+        interface = library.JaxnormLaunchInterface()
+    except (OSError, AttributeError) as e:
+        return Status(False, f"launcher not loaded: {e}", _REBUILD, path)
+    if interface != _INTERFACE:
+        reason = f"launcher not loaded: {path} has interface {interface}, expected {_INTERFACE}"
+        return Status(False, f"{reason}; it was built from other sources", _REBUILD, path)
+    try:
+        for platform in PLATFORMS:
+            register(library, platform)
+    except Exception as e:  # JAX raises different types for what it cannot register, in different versions.
+        import jax
+
+        reason = f"launcher not registered with jax {jax.__version__}: {type(e).__name__}: {e}"
+        return Status(False, reason, "Use a jax that this jaxnorm supports (0.10.2 or later), and report this.", path)
+    return Status(True, f"launcher {path}", "", path)
+
+
+def register(library: ctypes.CDLL, platform: str) -> None:
+    """Makes the library's handlers the FFI target :data:`TARGET` of an XLA platform; once per platform and process."""
+    import jax
+
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype = ctypes.py_object
+    capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    library.JaxnormLaunchTypeId.restype = ctypes.c_void_p
+    library.JaxnormLaunchTypeInfo.restype = ctypes.c_void_p
+    state = {
+        "type_id": capsule(library.JaxnormLaunchTypeId(), None, None),
+        "type_info": capsule(library.JaxnormLaunchTypeInfo(), None, None),
+    }
+    stages = {
+        "instantiate": jax.ffi.pycapsule(library.JaxnormLaunchInstantiate),
+        "initialize": jax.ffi.pycapsule(library.JaxnormLaunchInitialize),
+        "execute": jax.ffi.pycapsule(library.JaxnormLaunchExecute),
+    }
+    jax.ffi.register_ffi_type(f"{TARGET}_state", state, platform=platform)
+    jax.ffi.register_ffi_target(TARGET, stages, platform=platform)
