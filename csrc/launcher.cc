@@ -154,7 +154,7 @@ class Driver {
 
   template <typename F> void Find(void* library, const char* symbol, F* slot, bool required = true) {
     *slot = reinterpret_cast<F>(dlsym(library, symbol));
-    if (*slot == nullptr && required) error_ = std::string("the driver has no function ") + symbol;
+    if (*slot == nullptr && required && error_.empty()) error_ = std::string("the driver has no function ") + symbol;
   }
 
   const bool hip_;
@@ -471,4 +471,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxnormLaunchExecute, jaxnorm::Execute, jaxnorm::B
 extern "C" void* JaxnormLaunchTypeId() { return &jaxnorm::LaunchState::id; }
 extern "C" void* JaxnormLaunchTypeInfo() { return &jaxnorm::LaunchState::info; }
 extern "C" int JaxnormLaunchInterface() { return jaxnorm::kInterface; }
+extern "C" int JaxnormLaunchFfiMinor() { return XLA_FFI_API_MINOR; }
 #pragma GCC visibility pop

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -114,7 +116,10 @@ def _load() -> Status:
     spec = importlib.util.find_spec("jaxnorm._launcher")
     if spec is None or spec.origin is None:
         return Status(False, "launcher not built: there is no jaxnorm/_launcher.*.so", _REBUILD, None)
-    path = spec.origin
+    return _load_from(spec.origin)
+
+
+def _load_from(path: str) -> Status:
     try:
         library = ctypes.CDLL(path)
         interface = library.JaxnormLaunchInterface()
@@ -123,6 +128,10 @@ def _load() -> Status:
     if interface != _INTERFACE:
         reason = f"launcher not loaded: {path} has interface {interface}, expected {_INTERFACE}"
         return Status(False, f"{reason}; it was built from other sources", _REBUILD, path)
+    built, here = library.JaxnormLaunchFfiMinor(), _ffi_minor()
+    if here is not None and built > here:  # XLA takes handlers of its own and of older minors.
+        reason = f"launcher not loaded: {path} was built for XLA FFI 0.{built}, this jaxlib has 0.{here}"
+        return Status(False, reason, _REBUILD, path)
     try:
         for platform in PLATFORMS:
             register(library, platform)
@@ -132,6 +141,18 @@ def _load() -> Status:
         reason = f"launcher not registered with jax {jax.__version__}: {type(e).__name__}: {e}"
         return Status(False, reason, "Use a jax that this jaxnorm supports (0.10.2 or later), and report this.", path)
     return Status(True, f"launcher {path}", "", path)
+
+
+def _ffi_minor() -> int | None:
+    """FFI minor of the installed jaxlib, from its own header; None where it cannot be told."""
+    import jax
+
+    try:
+        header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^#define XLA_FFI_API_MINOR (\d+)", header, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def register(library: ctypes.CDLL, platform: str) -> None:
