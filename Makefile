@@ -1,0 +1,98 @@
+# make help lists the commands. A command installs what it needs into a virtual environment first; unchanged, that takes no time.
+#   PYTHON=python3.12   interpreter of the environment (default: the first of python3, python3.12, python3.11 that is new enough)
+#   GPU=cuda|rocm       use an environment with JAX for that GPU
+#   PY=/path/to/python  use this interpreter as it is and install nothing
+#   ARGS="-k add"       passed on to pytest, the demo or the benchmark
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+ifdef PYTHON
+VENV ?= .venv-$(if $(GPU),$(GPU)-)$(notdir $(PYTHON))
+else
+PYTHON := $(shell for p in python3 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv$(if $(GPU),-$(GPU))
+endif
+
+ifdef PY
+PACKAGE :=
+TOOLS :=
+else
+PY := $(VENV)/bin/python
+PACKAGE := $(VENV)/.package
+TOOLS := $(VENV)/.tools $(VENV)/.clang
+endif
+
+comma := ,
+EXTRAS := demo,test$(if $(GPU),$(comma)$(GPU))
+PIP := $(PY) -m pip install -q
+PYTEST := $(PY) -m pytest -q
+# Two processes: the suite is made for two cores, and each process holds eight CPU devices.
+WORKERS ?= 2
+# What make test installs and therefore must not skip.
+REQUIRE := triton,launcher,nvrtc,clang,devices=8
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+$(VENV)/bin/python:
+	@[[ -n "$(PYTHON)" ]] || { echo "no Python 3.11 or newer found; say make PYTHON=/path/to/python"; exit 1; }
+	@echo "== $(VENV): $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: pyproject.toml setup.py setup.cfg csrc/launcher.cc jaxnorm/_version.py | $(VENV)/bin/python
+	@echo "== installing jaxnorm[$(EXTRAS)] and building its launcher"
+	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.tools: tests/requirements.txt $(VENV)/.package
+	@echo "== installing compilers, test tools and linters (tests/requirements.txt)"
+	@$(PIP) -r tests/requirements.txt
+	@touch $@
+
+$(VENV)/.clang: tools/rocm_clang.py $(VENV)/.tools
+	@echo "== putting together clang for the AMD targets"
+	@$(PY) tools/rocm_clang.py
+	@touch $@
+
+.PHONY: venv
+venv: $(PACKAGE) $(TOOLS) ## the environment with everything the tests need
+
+.PHONY: test
+test: $(PACKAGE) $(TOOLS) ## everything that needs no GPU; what CI runs
+	@echo "== tests"
+	@JAXNORM_REQUIRE=$(REQUIRE) $(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 \
+	  -m "not gpu and not multigpu and not slow" $(ARGS)
+
+.PHONY: test-all
+test-all: $(PACKAGE) $(TOOLS) ## also the full matrices, every target and the mutants
+	@JAXNORM_REQUIRE=$(REQUIRE) $(PYTEST) -n $(WORKERS) --dist worksteal --durations=25 -m "not gpu and not multigpu" $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(PACKAGE) ## the kernels on this machine's GPU (GPU=cuda or GPU=rocm, or PY=...)
+	@JAXNORM_TEST_PLATFORM=gpu JAXNORM_REQUIRE=gpu,triton,hip,launcher $(PYTEST) tests/gpu -m "gpu or multigpu" $(ARGS)
+
+.PHONY: demo
+demo: $(PACKAGE) ## Gemma 3 270M, real weights, generating text with jaxnorm's norms
+	@$(PY) -m examples.gemma $(ARGS)
+
+.PHONY: lint
+lint: $(PACKAGE) $(TOOLS) ## ruff, pyright, clang-format
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@$(PY) -m pyright --pythonpath $(PY)
+	@git ls-files '*.cc' '*.h' '*.hip' | xargs -r $(PY) -m clang_format --dry-run --Werror
+
+.PHONY: format
+format: $(PACKAGE) $(TOOLS) ## let ruff and clang-format rewrite the sources
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+	@git ls-files '*.cc' '*.h' '*.hip' | xargs -r $(PY) -m clang_format -i
+
+.PHONY: clean
+clean: ## remove environments, caches and built files
+	@rm -rf .venv .venv-* .build .cache .pytest_cache .ruff_cache *.egg-info jaxnorm/_launcher*.so
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
