@@ -1,0 +1,324 @@
+"""Launches of the RMSNorm stages through Triton: which kernel, which tile, how many programs.
+
+The tile of a row depends on the features, dtypes and target alone, never on the number of rows: one code object serves every M,
+so a row has the same bits wherever it stands. Thresholds marked *H200* were measured there; those of AMD targets follow from
+registers and lanes (compiled and inspected, not run on AMD silicon).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, wave_size
+
+GRID_COLUMNS = 1 << 20  # as in kernels/_common.py:program_index
+MAX_ROWS = (1 << 31) - 1  # rows are counted in an i32 parameter
+MAX_FEATURES = 1 << 24  # the longest row whose 32-bit columns and float32 counts are exact with room to spare
+LANE_ELEMENTS = 32  # a lane holds at most this much of a row that one wave owns: 32 float32 registers
+TILE_FWD = {"sm": 32768, "gfx": 32768}  # longest padded row held in registers, forward
+TILE_BWD = {"sm": 16384, "gfx": 16384}  # the same backward, where n, dy, weight and the share of dweight are held
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program covers rows. ``chunks == 0``: one row shared by all waves; else waves own rows (kernels/_common.py)."""
+
+    chunks: int
+    rows: int
+    block: int
+    vec: int
+    """Widest access in elements if the row bases allow less than 16 bytes, else 0."""
+    warps: int
+
+    def constants(self) -> tuple[tuple[str, object], ...]:
+        return (("CHUNKS", self.chunks), ("ROWS", self.rows), ("BLOCK", self.block), ("VEC", self.vec))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a program walks a row too long for a tile."""
+
+    block: int
+    vec: int
+    warps: int
+    stages: int
+
+    def constants(self) -> tuple[tuple[str, object], ...]:
+        return (("BLOCK", self.block), ("VEC", self.vec), ("STAGES", self.stages))
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A tile and how the persistent programs walk the rows."""
+
+    tile: Tile
+    programs_per_unit: int
+    prefetch: bool
+    stages: int
+
+
+ROW_BUFFERS = {
+    "rmsnorm_fwd": ("x", "residual", "y", "residual_out"),
+    "rmsnorm_bwd": ("n", "dy", "dresidual_out", "dx", "dresidual"),
+}
+
+
+def plan(problem: Problem) -> tuple[Launch, ...]:
+    """The launches that compute ``problem``.
+
+    Raises:
+      Unsupported: another stage, no rows, or more rows or features than the kernels count.
+    """
+    _check(problem)
+    if problem.stage == "rmsnorm_fwd":
+        width = next_power_of_2(_padded(problem))
+        if width <= TILE_FWD[_family(problem)]:
+            return (_fwd(problem, _tile(problem, width)),)
+        return (_fwd_long(problem, _loop(problem)),)
+    width = next_power_of_2(problem.features)
+    if width <= TILE_BWD[_family(problem)]:
+        return _bwd(problem, _backward(problem, _tile(problem, width)))
+    return _bwd_long(problem, _loop(problem))
+
+
+def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
+    """Plans worth timing against :func:`plan`, the plan itself first; all compute the same stage, in other orders of the sums."""
+    found = [plan(problem)]
+    maker = _fwd_candidates if problem.stage == "rmsnorm_fwd" else _bwd_candidates
+    for launches in maker(problem):
+        if launches not in found:
+            found.append(launches)
+    return found
+
+
+def _check(problem: Problem) -> None:
+    if problem.stage not in ROW_BUFFERS:
+        raise Unsupported(f"no Triton kernel for the stage {problem.stage}")
+    if problem.rows < 1:
+        raise Unsupported("no rows: nothing to launch")
+    if problem.rows > MAX_ROWS:
+        raise Unsupported(f"{problem.rows} rows; the kernels count up to {MAX_ROWS}")
+    if _padded(problem) > MAX_FEATURES:
+        raise Unsupported(f"rows of {_padded(problem)} elements; the kernels take up to {MAX_FEATURES}")
+
+
+def _family(problem: Problem) -> str:
+    return "gfx" if problem.target.startswith("gfx") else "sm"
+
+
+def _padded(problem: Problem) -> int:
+    """P: the width of y, or of its cotangent."""
+    return problem.shape("y" if problem.stage == "rmsnorm_fwd" else "dy")[-1]
+
+
+def _lane_width(problem: Problem) -> tuple[int, bool]:
+    """(elements of one access, whether row bases limit it): the widest any row buffer can use, for Triton gives all the same."""
+    width, full = 1, 16 // min(ITEMSIZE[d] for _, d in problem.dtypes)
+    for name in ROW_BUFFERS[problem.stage]:
+        if problem.has(name):
+            stride = problem.shape(name)[-1]
+            width = max(width, min(16 // ITEMSIZE[problem.dtype(name)], stride & -stride))
+    return width, width < full
+
+
+def _tile(problem: Problem, width: int) -> Tile:
+    wave = wave_size(problem.target)
+    vec, limited = _lane_width(problem)
+    hint = vec if limited else 0
+    if width <= wave * LANE_ELEMENTS:
+        # A wave (or part of one) per row: the sum needs no barrier. Four waves a program, so that a lane holds one row exactly:
+        # the same instructions serve every row of the tile.
+        block = min(width, wave * vec)
+        return Tile(max(width // block, 1), 4 * wave * vec // block, block, hint, 4)
+    # 16 elements a lane: two 16-byte reads of bf16 in flight for each buffer; 1024 threads are the most a program can have.
+    threads = min(width // 16, 1024)
+    return Tile(0, 1, width, hint, threads // wave)
+
+
+def _loop(problem: Problem) -> Loop:
+    vec, limited = _lane_width(problem)
+    return Loop(8192, vec if limited else 0, 512 // wave_size(problem.target), 1)
+
+
+def _backward(problem: Problem, tile: Tile) -> Backward:
+    threads = tile.warps * wave_size(problem.target)
+    return Backward(tile, max(1, 512 // threads), True, 1)
+
+
+def _grid(programs: int) -> tuple[int, int, int]:
+    return min(programs, GRID_COLUMNS), -(-programs // GRID_COLUMNS), 1
+
+
+def _fwd_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
+    has_residual = problem.has("residual")
+    return (
+        ("N", problem.features),
+        ("P", _padded(problem)),
+        ("EPS", float(problem.option("eps"))),
+        ("WEIGHT_OFFSET", float(problem.option("weight_offset"))),
+        ("HAS_RESIDUAL", has_residual),
+        ("HAS_WEIGHT", problem.has("weight")),
+        ("HAS_RSTD", problem.has("rstd")),
+        ("CAST_BEFORE_WEIGHT", problem.option("cast") == "before_weight"),
+        ("ROUND_RESIDUAL", has_residual and problem.option("residual_rounding") == "input"),
+    )
+
+
+def _fwd(problem: Problem, tile: Tile) -> Launch:
+    return _fwd_launch(problem, "rmsnorm_fwd", -(-problem.rows // tile.rows), tile.constants(), tile.warps)
+
+
+def _fwd_long(problem: Problem, loop: Loop) -> Launch:
+    return _fwd_launch(problem, "rmsnorm_fwd_long", problem.rows, loop.constants(), loop.warps)
+
+
+def _fwd_launch(problem: Problem, kernel: str, programs: int, shape: tuple[tuple[str, object], ...], warps: int) -> Launch:
+    return Launch(
+        kernel=f"rmsnorm:{kernel}",
+        inputs=("x", "residual", "weight"),
+        scalars=(("M", "i32", problem.rows),),
+        outputs=("y", "residual_out", "rstd"),
+        grid=_grid(programs),
+        constants=(*_fwd_constants(problem), *shape),
+        num_warps=warps,
+    )
+
+
+def _bwd_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
+    return (
+        ("N", problem.features),
+        ("P", _padded(problem)),
+        ("WEIGHT_OFFSET", float(problem.option("weight_offset"))),
+        ("HAS_WEIGHT", problem.has("weight")),
+        ("HAS_DRESIDUAL_OUT", problem.has("dresidual_out")),
+        ("HAS_DRESIDUAL", problem.has("dresidual")),
+    )
+
+
+def _programs(problem: Problem, units: int, most: int) -> int:
+    """At most ``most`` programs over ``units`` of work, so many that the last round of the persistent loop is full."""
+    rounds = -(-units // most)
+    return -(-units // rounds)
+
+
+def _bwd(problem: Problem, config: Backward) -> tuple[Launch, ...]:
+    tile, n = config.tile, problem.features
+    tiles = -(-problem.rows // tile.rows)
+    programs = _programs(problem, tiles, compute_units(problem.target) * config.programs_per_unit)
+    has_dweight = problem.has("dweight")
+    # One program's share is the whole sum: no second launch.
+    partial = "dweight" if programs == 1 else "dweight_partial"
+    temps = ((partial, (programs, n), "float32"),) if has_dweight and programs > 1 else ()
+    first = Launch(
+        kernel="rmsnorm:rmsnorm_bwd",
+        inputs=("n", "weight", "rstd", "dy", "dresidual_out"),
+        scalars=(("M", "i32", problem.rows), ("PROGRAMS", "i32", programs)),
+        outputs=("dx", "dresidual", partial),
+        grid=(programs, 1, 1),
+        constants=(
+            *_bwd_constants(problem),
+            ("HAS_DWEIGHT", has_dweight),
+            *tile.constants(),
+            ("STAGES", config.stages),
+            ("PREFETCH", config.prefetch),
+        ),
+        num_warps=tile.warps,
+        temps=temps,
+    )
+    return (first, *_reduce(problem, programs)) if temps else (first,)
+
+
+def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
+    n = problem.features
+    dx = Launch(
+        kernel="rmsnorm:rmsnorm_bwd_long",
+        inputs=("n", "weight", "rstd", "dy", "dresidual_out"),
+        scalars=(("M", "i32", problem.rows),),
+        outputs=("dx", "dresidual"),
+        grid=_grid(problem.rows),
+        constants=(*_bwd_constants(problem), *loop.constants()),
+        num_warps=loop.warps,
+    )
+    if not problem.has("dweight"):
+        return (dx,)
+    wave, block = wave_size(problem.target), 1024
+    columns = -(-n // block)
+    # About eight workgroups of 128 threads a compute unit, each with STAGES rows on the way.
+    programs = _programs(problem, problem.rows, max(1, 8 * compute_units(problem.target) // columns))
+    partial = "dweight" if programs == 1 else "dweight_partial"
+    temps = ((partial, (programs, n), "float32"),) if programs > 1 else ()
+    dweight = Launch(
+        kernel="rmsnorm:rmsnorm_bwd_columns",
+        inputs=("n", "rstd", "dy"),
+        scalars=(("M", "i32", problem.rows), ("PROGRAMS", "i32", programs)),
+        outputs=(partial,),
+        grid=(columns, programs, 1),
+        constants=(("N", n), ("P", _padded(problem)), ("BLOCK", block), ("VEC", loop.vec), ("STAGES", 4)),
+        num_warps=128 // wave,
+        temps=temps,
+    )
+    return (dx, dweight, *_reduce(problem, programs)) if temps else (dx, dweight)
+
+
+def _reduce(problem: Problem, programs: int) -> tuple[Launch, ...]:
+    """Sum of the partials. Narrow column blocks give enough programs; all rows in one or two reads hide the latency."""
+    rows, block = min(max(next_power_of_2(programs), 16), 512), 16
+    return (
+        Launch(
+            kernel="rmsnorm:rmsnorm_bwd_reduce",
+            inputs=("dweight_partial",),
+            scalars=(("PROGRAMS", "i32", programs),),
+            outputs=("dweight",),
+            grid=(-(-problem.features // block), 1, 1),
+            constants=(("N", problem.features), ("ROWS", rows), ("BLOCK", block)),
+            num_warps=max(1, min(256, rows * block // 16) // wave_size(problem.target)),
+        ),
+    )
+
+
+def _tiles(problem: Problem, width: int) -> Iterator[Tile]:
+    """Tiles of other sizes: more waves, more rows, one row shared by all waves."""
+    wave, base = wave_size(problem.target), _tile(problem, width)
+    if base.chunks:
+        for warps in (2, 4, 8):
+            for times in (1, 2):
+                rows = max(base.rows * warps // base.warps, 1) * times
+                yield dataclasses.replace(base, rows=rows, warps=warps)
+    if width >= 4 * wave:
+        for threads in (64, 128, 256, 512, 1024):
+            if threads >= wave and 4 <= width // threads <= 128:
+                yield Tile(0, 1, width, base.vec, threads // wave)
+
+
+def _loops(problem: Problem) -> Iterator[Loop]:
+    base = _loop(problem)
+    for block in (4096, 8192, 16384, 32768):
+        for threads in (256, 512, 1024):
+            for stages in (1, 2, 3):
+                if 8 <= block // threads <= 64 and block < 2 * _padded(problem):
+                    yield Loop(block, base.vec, threads // wave_size(problem.target), stages)
+
+
+def _fwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
+    width = next_power_of_2(_padded(problem))
+    if width <= 131072:
+        for tile in _tiles(problem, width):
+            yield (_fwd(problem, tile),)
+    if width >= 8192:
+        for loop in _loops(problem):
+            yield (_fwd_long(problem, loop),)
+
+
+def _bwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
+    width = next_power_of_2(problem.features)
+    if width <= 32768:
+        for tile in _tiles(problem, width):
+            for per_unit in (1, 2, 3, 4, 6, 8):
+                for prefetch, stages in ((True, 1), (False, 1), (False, 2), (False, 3)):
+                    if tile.warps * wave_size(problem.target) * per_unit <= 2048:
+                        yield _bwd(problem, Backward(tile, per_unit, prefetch, stages))
+    if width >= 16384:
+        for loop in _loops(problem):
+            yield _bwd_long(problem, loop)

@@ -1,0 +1,353 @@
+"""RMSNorm, with or without a residual, forward and backward.
+
+    n = f32(x)                       or  s = f32(x) + f32(residual), residual_out = cast(s), n = s
+    rstd = rsqrt(sum(n * n) / N + EPS)
+    y = cast(n * rstd * (f32(weight) + WEIGHT_OFFSET))
+
+Parameters come in the order inputs, scalars, outputs, constexprs. Every size but the number of rows is a constexpr: the row
+length decides how the start of a row is aligned, hence how wide an access may be. A pointer whose ``HAS_`` flag is off is
+never dereferenced. Offsets are a 64-bit row base plus a 32-bit column.
+"""
+
+import triton
+import triton.language as tl
+
+from ._common import affine, program_index, round_to, row_sum, store, tile_cols, tile_rows
+
+
+@triton.jit
+def _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL: tl.constexpr):
+    """(what the norm reads, s) of one tile."""
+    s = x.to(tl.float32) + residual.to(tl.float32)
+    if ROUND_RESIDUAL:
+        return round_to(s, residual_out_ptr), s
+    else:
+        return s, s
+
+
+@triton.jit
+def _scaled(n, rstd, w, x_ptr, HAS_WEIGHT: tl.constexpr, CAST_BEFORE_WEIGHT: tl.constexpr):
+    """``n * rstd * w`` with the rounding points of the contract."""
+    y = n * rstd
+    if CAST_BEFORE_WEIGHT:
+        y = round_to(y, x_ptr)
+    if HAS_WEIGHT:
+        y = y * w
+    return y
+
+
+@triton.jit
+def rmsnorm_fwd(
+    x_ptr,  # [M, N]
+    residual_ptr,  # [M, N], any float dtype; may be residual_out_ptr
+    weight_ptr,  # [N], any float dtype
+    M,
+    y_ptr,  # [M, P], P >= N, columns from N on are zero
+    residual_out_ptr,  # [M, N], residual's dtype
+    rstd_ptr,  # [M] float32
+    N: tl.constexpr,
+    P: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_RSTD: tl.constexpr,
+    CAST_BEFORE_WEIGHT: tl.constexpr,
+    ROUND_RESIDUAL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """A program owns ROWS rows, each held in registers from its one read to its one write."""
+    first = program_index() * ROWS
+    if first >= M:
+        return
+    row = tile_rows(first, CHUNKS, ROWS)
+    cols = tile_cols(CHUNKS, ROWS, BLOCK, VEC)
+    live = cols < N
+    inside = live
+    padded = cols < P
+    if CHUNKS > 0:
+        inside = live & (row < M)
+        padded = padded & (row < M)
+    x = tl.load(x_ptr + row * N + cols, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * N + cols, mask=inside, other=0.0)
+    w = 1.0
+    if HAS_WEIGHT:  # asked for before the sum, so that its latency hides behind the row's
+        w = affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+    if HAS_RESIDUAL:
+        n, s = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
+        store(residual_out_ptr, row * N + cols, s, inside)
+    else:
+        n = x.to(tl.float32)
+    rstd = tl.rsqrt(row_sum(n * n, CHUNKS, ROWS) / N + EPS)
+    y = _scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
+    if P > N:  # 0 * rstd is not +0 when rstd is NaN or the weight negative
+        y = tl.where(live, y, 0.0)
+    store(y_ptr, row * P + cols, y, padded)
+    if HAS_RSTD:
+        if CHUNKS > 0:
+            tl.store(rstd_ptr + row, rstd, mask=row < M)
+        else:
+            tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def rmsnorm_fwd_long(
+    x_ptr,  # [M, N]
+    residual_ptr,  # [M, N]; may be residual_out_ptr
+    weight_ptr,  # [N]
+    M,
+    y_ptr,  # [M, P]
+    residual_out_ptr,  # [M, N]
+    rstd_ptr,  # [M] float32
+    N: tl.constexpr,
+    P: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_RSTD: tl.constexpr,
+    CAST_BEFORE_WEIGHT: tl.constexpr,
+    ROUND_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A program owns one row and reads it twice, BLOCK columns at a time; the second read comes from the L2 cache.
+
+    residual_out is written in the second pass, right after the same elements were read, so that it may share residual's buffer."""
+    row = program_index().to(tl.int64)
+    if row >= M:
+        return
+    lane = tile_cols(0, 1, BLOCK, VEC)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        cols = start + lane
+        live = cols < N
+        x = tl.load(x_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_last")
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_last")
+            n, _ = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
+        else:
+            n = x.to(tl.float32)
+        squares += n * n
+    rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + EPS)
+    if HAS_RSTD:
+        tl.store(rstd_ptr + row, rstd)
+    for start in tl.range(0, P, BLOCK, num_stages=STAGES):
+        cols = start + lane
+        live = cols < N
+        x = tl.load(x_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_first")
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_first")
+            n, s = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
+            store(residual_out_ptr, row * N + cols, s, live)
+        else:
+            n = x.to(tl.float32)
+        w = 1.0
+        if HAS_WEIGHT:
+            w = affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+        y = _scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
+        if P > N:
+            y = tl.where(live, y, 0.0)
+        store(y_ptr, row * P + cols, y, cols < P)
+
+
+@triton.jit
+def _load_tile(
+    n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, row, cols, inside, valid, N: tl.constexpr, P: tl.constexpr, HAS: tl.constexpr
+):
+    """(n, dy, dresidual_out, rstd) of a tile, in the dtypes of the buffers; zeros where masked off."""
+    n = tl.load(n_ptr + row * N + cols, mask=inside, other=0.0)
+    dy = tl.load(dy_ptr + row * P + cols, mask=inside, other=0.0)
+    extra = n
+    if HAS:
+        extra = tl.load(dresidual_out_ptr + row * N + cols, mask=inside, other=0.0)
+    rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)
+    return n, dy, extra, rstd
+
+
+@triton.jit
+def rmsnorm_bwd(
+    n_ptr,  # [M, N] x, or the saved residual_out
+    weight_ptr,  # [N]
+    rstd_ptr,  # [M] float32
+    dy_ptr,  # [M, P], columns from N on are not read
+    dresidual_out_ptr,  # [M, N]
+    M,
+    PROGRAMS,
+    dx_ptr,  # [M, N]
+    dresidual_ptr,  # [M, N]
+    partial_ptr,  # [PROGRAMS, N] float32
+    N: tl.constexpr,
+    P: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DRESIDUAL_OUT: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr,
+    HAS_DWEIGHT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """``ds = rstd * (gw - xh * mean(gw * xh)) + dresidual_out`` with ``xh = n * rstd, gw = dy * (weight + offset)``.
+
+    Program p owns the tiles p, p + PROGRAMS, ...; the weight and its share of dweight = sum(dy * xh) stay in registers.
+    PREFETCH asks for the next tile before the sums of this one, where the compiler's own pipeline (STAGES) does not."""
+    pid = tl.program_id(0)
+    cols = tile_cols(CHUNKS, ROWS, BLOCK, VEC)
+    live = cols < N
+    w = 1.0
+    if HAS_WEIGHT:
+        w = affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+    sums = tl.zeros_like(cols).to(tl.float32)
+    tiles = (M + ROWS - 1) // ROWS
+    mine = (tiles - pid + PROGRAMS - 1) // PROGRAMS
+    step = tl.cast(PROGRAMS, tl.int64) * ROWS
+    row = tile_rows(pid * ROWS, CHUNKS, ROWS)
+    if PREFETCH:
+        n, dy, extra, rstd = _load_tile(
+            n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, row, cols, live & (row < M), row < M, N, P, HAS_DRESIDUAL_OUT
+        )
+    for _ in tl.range(0, mine, num_stages=STAGES):
+        inside = live
+        if CHUNKS > 0:
+            inside = live & (row < M)
+        if PREFETCH:
+            later = row + step
+            n_later, dy_later, extra_later, rstd_later = _load_tile(
+                n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, later, cols, live & (later < M), later < M, N, P, HAS_DRESIDUAL_OUT
+            )
+        else:
+            n, dy, extra, rstd = _load_tile(
+                n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, row, cols, inside, row < M, N, P, HAS_DRESIDUAL_OUT
+            )
+        xh = n.to(tl.float32) * rstd
+        g = dy.to(tl.float32)
+        gw = g
+        if HAS_WEIGHT:
+            gw = g * w
+        ds = rstd * (gw - xh * (row_sum(gw * xh, CHUNKS, ROWS) / N))
+        if HAS_DRESIDUAL_OUT:
+            ds += extra.to(tl.float32)
+        store(dx_ptr, row * N + cols, ds, inside)
+        if HAS_DRESIDUAL:
+            store(dresidual_ptr, row * N + cols, ds, inside)
+        if HAS_DWEIGHT:
+            sums += g * xh
+        row += step
+        if PREFETCH:
+            n, dy, extra, rstd = n_later, dy_later, extra_later, rstd_later
+    if HAS_DWEIGHT:
+        if CHUNKS > 0:
+            flat = (tl.arange(0, CHUNKS) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+            tl.store(partial_ptr + pid.to(tl.int64) * N + flat, tl.sum(sums, axis=1), mask=flat < N)
+        else:
+            tl.store(partial_ptr + pid.to(tl.int64) * N + cols, sums, mask=live)
+
+
+@triton.jit
+def rmsnorm_bwd_long(
+    n_ptr,  # [M, N]
+    weight_ptr,  # [N]
+    rstd_ptr,  # [M] float32
+    dy_ptr,  # [M, P]
+    dresidual_out_ptr,  # [M, N]
+    M,
+    dx_ptr,  # [M, N]
+    dresidual_ptr,  # [M, N]
+    N: tl.constexpr,
+    P: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DRESIDUAL_OUT: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dx (and dresidual) of one row a program, in two passes; dweight comes from :func:`rmsnorm_bwd_columns`.
+
+    A share of dweight as long as the row does not fit the registers, and adding to it in memory would move 8 bytes an element."""
+    row = program_index().to(tl.int64)
+    if row >= M:
+        return
+    lane = tile_cols(0, 1, BLOCK, VEC)
+    rstd = tl.load(rstd_ptr + row)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        cols = start + lane
+        live = cols < N
+        xh = tl.load(n_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_last").to(tl.float32) * rstd
+        gw = tl.load(dy_ptr + row * P + cols, mask=live, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if HAS_WEIGHT:
+            gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+        products += gw * xh
+    mean = tl.sum(products, axis=0) / N
+    for start in tl.range(0, N, BLOCK, num_stages=STAGES):
+        cols = start + lane
+        live = cols < N
+        xh = tl.load(n_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32) * rstd
+        gw = tl.load(dy_ptr + row * P + cols, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if HAS_WEIGHT:
+            gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+        ds = rstd * (gw - xh * mean)
+        if HAS_DRESIDUAL_OUT:
+            ds += tl.load(dresidual_out_ptr + row * N + cols, mask=live, other=0.0).to(tl.float32)
+        store(dx_ptr, row * N + cols, ds, live)
+        if HAS_DRESIDUAL:
+            store(dresidual_ptr, row * N + cols, ds, live)
+
+
+@triton.jit
+def rmsnorm_bwd_columns(
+    n_ptr,  # [M, N]
+    rstd_ptr,  # [M] float32
+    dy_ptr,  # [M, P]
+    M,
+    PROGRAMS,
+    partial_ptr,  # [PROGRAMS, N] float32
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dweight over the rows p, p + PROGRAMS, ... for BLOCK columns: p is the second grid index, the column block the first."""
+    pid = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK + tile_cols(0, 1, BLOCK, VEC)
+    live = cols < N
+    sums = tl.zeros((BLOCK,), tl.float32)
+    row = pid.to(tl.int64)
+    for _ in tl.range(0, (M - pid + PROGRAMS - 1) // PROGRAMS, num_stages=STAGES):
+        n = tl.load(n_ptr + row * N + cols, mask=live, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * P + cols, mask=live, other=0.0).to(tl.float32)
+        sums += dy * (n * tl.load(rstd_ptr + row))
+        row += PROGRAMS
+    tl.store(partial_ptr + pid.to(tl.int64) * N + cols, sums, mask=live)
+
+
+@triton.jit
+def rmsnorm_bwd_reduce(
+    partial_ptr,  # [PROGRAMS, N] float32
+    PROGRAMS,
+    dweight_ptr,  # [N] float32
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Column sums of the partial sums, in an order that PROGRAMS alone decides. A program owns BLOCK columns."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, PROGRAMS, ROWS):
+        row = start + rows
+        sums += tl.load(partial_ptr + row.to(tl.int64) * N + cols, mask=(row < PROGRAMS) & (cols < N), other=0.0)
+    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(dweight_ptr + out, tl.sum(sums, axis=0), mask=out < N)
