@@ -1,0 +1,258 @@
+"""Gemma 3 (text) as pure functions of a parameter pytree; every norm is a jaxnorm call.
+
+With r the residual stream, which starts as the scaled embedding, and h = rmsnorm(r, attn_norm of block 0), a block is
+
+    x    = rmsnorm(attention(h), post_attn_norm)     q and k: rmsnorm over head_dim, then RoPE
+    h, r = add_rmsnorm(x, r, ffn_norm)
+    x    = rmsnorm(mlp(h), post_ffn_norm)
+    h, r = add_rmsnorm(x, r, next_norm)              the next block's attn_norm; the final norm after the last block
+
+so every residual add sits in the norm that follows it. One `lax.scan` runs the blocks: the program holds one block, and
+compiles 18 times less. GGUF's norm weights already contain Gemma's +1: weight_offset stays 0.
+
+Sizes in shapes: L layers, B batch, T new tokens, S cache slots, E model width, H query heads, K key/value heads, D head_dim,
+F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnorm
+
+from .gguf_file import GGUFFile, damaged
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the shapes and the arithmetic depend on; hashable, so a static argument of jit."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    context: int
+    window: int
+    eps: float = 1e-6
+    rope_base_global: float = 1_000_000.0
+    rope_base_local: float = 10_000.0
+    global_every: int = 6
+
+    def is_global(self, layer: jax.Array) -> jax.Array:
+        """Whether `layer` sees all earlier tokens; the others see the last `window` ones."""
+        return (layer + 1) % self.global_every == 0
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> Config:
+        architecture = file["general.architecture"]
+        if architecture != "gemma3":
+            raise damaged(file.path, f"its architecture is {architecture!r}, expected 'gemma3'")
+        key = "gemma3."
+        return cls(
+            vocab=len(file["tokenizer.ggml.tokens"]),
+            width=file[f"{key}embedding_length"],
+            layers=file[f"{key}block_count"],
+            heads=file[f"{key}attention.head_count"],
+            kv_heads=file[f"{key}attention.head_count_kv"],
+            head_dim=file[f"{key}attention.key_length"],
+            mlp_width=file[f"{key}feed_forward_length"],
+            context=file[f"{key}context_length"],
+            window=file[f"{key}attention.sliding_window"],
+            eps=float(np.float32(file[f"{key}attention.layer_norm_rms_epsilon"])),
+            rope_base_global=file[f"{key}rope.freq_base"],
+        )
+
+
+class Layer(NamedTuple):
+    """The blocks, stacked: each leaf is [L, ...]. Matrices are [L, out, in]; norm weights float32."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q_norm: jax.Array
+    k_norm: jax.Array
+    out: jax.Array
+    post_attn_norm: jax.Array
+    ffn_norm: jax.Array
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+    post_ffn_norm: jax.Array
+    next_norm: jax.Array
+
+
+class Params(NamedTuple):
+    """Matrices in the activations' dtype, norm weights in float32 whatever that is."""
+
+    embedding: jax.Array
+    first_norm: jax.Array
+    layers: Layer
+
+
+class Cache(NamedTuple):
+    """Keys (after norm and RoPE) and values, [L, B, S, K, D] each; slot s holds token s."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def layer_shapes(config: Config) -> Layer:
+    """The shape of every weight of one block."""
+    E, F, D = config.width, config.mlp_width, config.head_dim
+    Q, KV = config.heads * D, config.kv_heads * D
+    return Layer((Q, E), (KV, E), (KV, E), (D,), (D,), (E, Q), (E,), (E,), (F, E), (F, E), (E, F), (E,), (E,))
+
+
+GGUF_NAMES = Layer(
+    "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm", "attn_output", "post_attention_norm",
+    "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm", "attn_norm",
+)  # fmt: skip
+
+
+def gguf_names(config: Config) -> dict[str, list[str]]:
+    """The GGUF tensors behind every field of `Layer`, in layer order."""
+    names = {
+        field: [f"blk.{index}.{name}.weight" for index in range(config.layers)]
+        for field, name in zip(Layer._fields, GGUF_NAMES, strict=True)
+    }
+    names["next_norm"] = names["next_norm"][1:] + ["output_norm.weight"]
+    return names
+
+
+def elements(config: Config) -> int:
+    """How many weights `load` reads."""
+    block = sum(int(np.prod(shape)) for shape in layer_shapes(config))
+    return config.vocab * config.width + config.width + config.layers * block
+
+
+def load(
+    file: GGUFFile, config: Config, dtype: jnp.dtype, progress: Callable[[int], None] = lambda elements: None
+) -> Params:
+    """Parameters from a GGUF file; `progress` is told how many weights each step has read."""
+
+    def cast(array: np.ndarray, ndim: int) -> jax.Array:
+        return jnp.asarray(array, jnp.float32 if ndim == 1 else dtype)
+
+    with file.reading(progress) as read:
+        embedding = cast(read("token_embd.weight", (config.vocab, config.width)), 2)
+        first_norm = cast(read("blk.0.attn_norm.weight", (config.width,)), 1)
+        layers = Layer(
+            *(
+                cast(np.stack([read(name, shape) for name in names]), len(shape))
+                for names, shape in zip(gguf_names(config).values(), layer_shapes(config), strict=True)
+            )
+        )
+    return Params(embedding, first_norm, layers)
+
+
+def init_cache(config: Config, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache for `slots` tokens."""
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [out, in], transposed. HIGHEST keeps float32 from becoming TF32 on a GPU."""
+    return jnp.einsum("...i,oi->...o", x, weight, precision=jax.lax.Precision.HIGHEST)
+
+
+def rope(x: jax.Array, positions: jax.Array, base: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + D/2) of x [B, T, heads, D] by position * base**(-2i/D), in float32."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention, scores and softmax in float32.
+
+    q [B, T, H, D]; keys, values [B, S, K, D], each shared by H/K query heads; mask [T, S], True = visible.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    q = q.reshape(batch, tokens, keys.shape[2], -1, head_dim)
+    precision = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, keys, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * head_dim**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, values, precision=precision).reshape(batch, tokens, heads * head_dim)
+
+
+def attention(
+    config: Config, index: jax.Array, layer: Layer, h: jax.Array, cache: Cache, start: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Attention of block `index` for h [B, T, E], the tokens at start, start + 1, ...
+
+    The new keys and values are written into the cache before the scores are taken.
+    """
+    batch, tokens, _ = h.shape
+    positions = start + jnp.arange(tokens)
+    is_global = config.is_global(index)
+    base = jnp.where(is_global, config.rope_base_global, config.rope_base_local)
+
+    def heads(weight: jax.Array) -> jax.Array:
+        return linear(h, weight).reshape(batch, tokens, -1, config.head_dim)
+
+    q = rope(jaxnorm.rmsnorm(heads(layer.q), layer.q_norm, eps=config.eps), positions, base)
+    k = rope(jaxnorm.rmsnorm(heads(layer.k), layer.k_norm, eps=config.eps), positions, base)
+    at = (index, 0, start, 0, 0)
+    cache = Cache(
+        jax.lax.dynamic_update_slice(cache.keys, k[None], at),
+        jax.lax.dynamic_update_slice(cache.values, heads(layer.v)[None], at),
+    )
+    keys, values = cache.keys[index], cache.values[index]
+    distance = positions[:, None] - jnp.arange(keys.shape[1])
+    mask = (distance >= 0) & (is_global | (distance < config.window))
+    return linear(attend(q, keys, values, mask), layer.out), cache
+
+
+def mlp(layer: Layer, h: jax.Array) -> jax.Array:
+    return linear(jax.nn.gelu(linear(h, layer.gate), approximate=True) * linear(h, layer.up), layer.down)
+
+
+def forward(
+    params: Params, config: Config, tokens: jax.Array, cache: Cache, start: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Runs tokens [B, T], which stand at positions start, start + 1, ...; prefill and decode alike.
+
+    Returns:
+      hidden [B, T, E] after the final norm, and the cache with these tokens written into it.
+    """
+    residual = params.embedding[tokens]
+    residual = residual * jnp.asarray(config.width**0.5, residual.dtype)
+
+    def block(carry: tuple[jax.Array, jax.Array, Cache], item: tuple[jax.Array, Layer]) -> tuple[Any, None]:
+        h, residual, cache = carry
+        index, layer = item
+        attended, cache = attention(config, index, layer, h, cache, start)
+        x = jaxnorm.rmsnorm(attended, layer.post_attn_norm, eps=config.eps)
+        h, residual = jaxnorm.add_rmsnorm(x, residual, layer.ffn_norm, eps=config.eps)
+        x = jaxnorm.rmsnorm(mlp(layer, h), layer.post_ffn_norm, eps=config.eps)
+        h, residual = jaxnorm.add_rmsnorm(x, residual, layer.next_norm, eps=config.eps)
+        return (h, residual, cache), None
+
+    h = jaxnorm.rmsnorm(residual, params.first_norm, eps=config.eps)
+    (hidden, _, cache), _ = jax.lax.scan(block, (h, residual, cache), (jnp.arange(config.layers), params.layers))
+    return hidden, cache
+
+
+def logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [..., E] times the embedding (the head is tied) -> float32 [..., V]."""
+    return jnp.einsum(
+        "...e,ve->...v",
+        hidden,
+        params.embedding,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
