@@ -152,9 +152,8 @@ def _at_import(path: str) -> ast.Module:
     """The module without function bodies and without what only a type checker reads."""
     tree = ast.parse((ROOT / path).read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = []
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        lazy = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = []
     return tree
 
