@@ -1,0 +1,127 @@
+/* Stands in for libamdhip64.so.7, or with -DFAKE_CUDA for libcuda.so.1, on a machine without a GPU. It records what the launcher
+   asks for, refuses what a driver would refuse, and carries out three made-up kernels on host memory:
+     copy(src, dst, i32 bytes)
+     wire(src, null, i32, i64, f32, dst; scratch, scratch)  writes to dst, as int32: src[0], whether the second parameter is null,
+                                                            the i32, both halves of the i64, the bits of the f32, whether each
+                                                            scratch pointer is null
+     fail                                                   the launch is an error
+   The current device belongs to a thread, as in the real drivers. */
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef FAKE_CUDA
+#define NAME(cuda, hip) cuda
+enum { kBadImage = 200, kDefaultShared = 48 << 10, kMaxShared = 227 << 10 };
+#else
+#define NAME(cuda, hip) hip
+enum { kBadImage = 209, kDefaultShared = 64 << 10, kMaxShared = 64 << 10 };
+#endif
+enum { kInvalidValue = 1, kInvalidHandle = 400, kNotFound = 500, kLaunchFailed = 719 };
+
+typedef struct {
+  int device;
+} Module;
+
+typedef struct {
+  int device, shared_limit;
+  char name[64];
+} Function;
+
+static atomic_int loads, lookups, raises, launches;
+static _Thread_local int device;
+static int last[8];
+
+void fake_set_device(int d) { device = d; }
+void fake_counts(int* out) { out[0] = loads, out[1] = lookups, out[2] = raises, out[3] = launches; }
+void fake_last(int* out) { memcpy(out, last, sizeof last); }
+
+int NAME(cuModuleLoadData, hipModuleLoadData)(Module** module, const char* image) {
+  if (memcmp(image, "\177ELF", 4)) return kBadImage;
+  ++loads;
+  *module = malloc(sizeof **module);
+  (*module)->device = device;
+  return 0;
+}
+
+int NAME(cuModuleGetFunction, hipModuleGetFunction)(Function** function, Module* module, const char* name) {
+  if (module->device != device) return kInvalidHandle;
+  if (!strcmp(name, "absent")) return kNotFound;
+  ++lookups;
+  *function = calloc(1, sizeof **function);
+  (*function)->device = device;
+  (*function)->shared_limit = kDefaultShared;
+  snprintf((*function)->name, sizeof (*function)->name, "%s", name);
+  return 0;
+}
+
+static int run(const Function* f, void** params) {
+  if (!strcmp(f->name, "copy")) {
+    memcpy(*(void**)params[1], *(void**)params[0], (size_t)*(int32_t*)params[2]);
+  } else if (!strcmp(f->name, "wire")) {
+    int32_t* out = *(int32_t**)params[5];
+    int64_t wide;
+    memcpy(&wide, params[3], 8);
+    out[0] = **(int32_t**)params[0];
+    out[1] = *(void**)params[1] == NULL;
+    memcpy(&out[2], params[2], 4);
+    out[3] = (int32_t)(wide & 0xffffffff);
+    out[4] = (int32_t)(wide >> 32);
+    memcpy(&out[5], params[4], 4);
+    out[6] = *(void**)params[6] == NULL;
+    out[7] = *(void**)params[7] == NULL;
+  } else if (!strcmp(f->name, "fail")) {
+    return kLaunchFailed;
+  }
+  return 0;
+}
+
+int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                                                unsigned bz, unsigned shared, void* stream, void** params, void** extra) {
+  int v[8] = {(int)gx, (int)gy, (int)gz, (int)bx, (int)by, (int)bz, (int)shared, extra != NULL || stream != NULL};
+  if (f->device != device) return kInvalidHandle;
+  if (!gx || !gy || !gz || (int)shared > f->shared_limit) return kInvalidValue;
+  memcpy(last, v, sizeof v);
+  ++launches;
+  return run(f, params);
+}
+
+#ifdef FAKE_CUDA
+int cuFuncSetAttribute(Function* f, int attribute, int value) {
+  ++raises;
+  if (attribute != 8 || value > kMaxShared) return kInvalidValue;
+  f->shared_limit = value;
+  return 0;
+}
+/* One address for all contexts, so that only the id tells them apart, as after a context was destroyed and made again. */
+int cuCtxGetCurrent(void** context) {
+  static int somewhere;
+  *context = device < 0 ? NULL : &somewhere;
+  return 0;
+}
+int cuCtxGetId(void* context, unsigned long long* id) {
+  *id = (unsigned long long)device + 1;
+  return context == NULL;
+}
+int cuGetErrorName(int status, const char** name) {
+  *name = status == kLaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED" : status == kBadImage ? "CUDA_ERROR_INVALID_IMAGE" : "CUDA_ERROR";
+  return 0;
+}
+int cuGetErrorString(int status, const char** text) {
+  *text = status == kLaunchFailed ? "unspecified launch failure" : "some failure";
+  return 0;
+}
+#else
+int hipGetDevice(int* d) {
+  *d = device;
+  return device < 0 ? 101 : 0;
+}
+const char* hipGetErrorName(int status) {
+  return status == kLaunchFailed ? "hipErrorLaunchFailure" : status == kBadImage ? "hipErrorNoBinaryForGpu" : "hipError";
+}
+const char* hipGetErrorString(int status) {
+  return status == kLaunchFailed ? "unspecified launch failure" : "some failure";
+}
+#endif

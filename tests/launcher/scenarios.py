@@ -1,0 +1,283 @@
+"""Drives a host build of the launcher over a fake driver, under jit on the CPU platform.
+
+``python scenarios.py LIBRARY hip|cuda [NAME...]`` runs the named scenarios (default: all of that vendor) and prints one JSON line
+for each: its name and its traceback, null when it passed. The name ``error`` alone prints the error of one plain launch.
+"""
+
+import ctypes
+import json
+import sys
+import threading
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxnorm import _native
+from jaxnorm._compile.code_object import CodeObject
+
+FAKES = {"hip": "libamdhip64.so.7", "cuda": "libcuda.so.1"}
+X = np.arange(24, dtype=np.float32).reshape(3, 8)
+scenarios = {}
+
+
+def scenario(*vendors):
+    def add(function):
+        scenarios[function.__name__] = (function, vendors or ("hip", "cuda"))
+        return function
+
+    return add
+
+
+class Fake:
+    """What the launcher has asked of the fake driver since this object was made."""
+
+    def __init__(self):
+        self.library = ctypes.CDLL(FAKES[VENDOR])
+        self.before = self._read("fake_counts", 4)
+
+    def _read(self, name, n):
+        out = (ctypes.c_int * n)()
+        getattr(self.library, name)(out)
+        return np.array(out[:])
+
+    def counts(self):
+        return dict(zip(("loads", "lookups", "raises", "launches"), (self._read("fake_counts", 4) - self.before).tolist()))
+
+    def last(self):
+        return self._read("fake_last", 8).tolist()
+
+    def device(self, d):
+        self.library.fake_set_device(d)
+
+
+def code(name="copy", image=b"", shared=0, threads=256):
+    """A code object that no other scenario uses unless it asks for the same image."""
+    target = "gfx942" if VENDOR == "hip" else "sm_90"
+    image = image or f"\x7fELF {sys._getframe(1).f_code.co_name} {name}".encode()
+    return CodeObject(image=image, name=name, target=target, threads=threads, shared=shared, source_key="")
+
+
+def copy(c, x, *, grid=(3, 1, 1), layout="ppi", scalars=None, out=None):
+    scalars = [x.size * x.dtype.itemsize] if scalars is None else scalars
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] if out is None else out
+    return _native.launch(c, [x], grid=grid, layout=layout, scalars=scalars, out_types=out)
+
+
+def error_of(function, *args):
+    try:
+        jax.block_until_ready(jax.jit(function)(*args))
+    except Exception as e:
+        return str(e)
+    raise AssertionError("no error")
+
+
+def expect(text, *parts):
+    for part in parts:
+        assert part in text, f"{part!r} is not in {text!r}"
+
+
+@scenario()
+def one_load_for_many_runs():
+    fake, c = Fake(), code(shared=2048)
+    f = jax.jit(lambda x: copy(c, x)[0])
+    for _ in range(5):
+        np.testing.assert_array_equal(f(X), X)
+    assert fake.counts() == {"loads": 1, "lookups": 1, "raises": 0, "launches": 5}
+
+
+@scenario()
+def grid_block_and_shared_memory():
+    for threads in (1, 96, 1024):
+        fake, c = Fake(), code(shared=2048, threads=threads)
+        jax.block_until_ready(copy(c, X, grid=(7, 5, 2)))
+        assert fake.last() == [7, 5, 2, threads, 1, 1, 2048, 0], fake.last()
+
+
+@scenario()
+def parameters_in_order():
+    c = code("wire")
+    values = [-5, -(3 << 32) - 7, int(np.float32(1e-6).view(np.uint32))]
+    out = [jax.ShapeDtypeStruct((8,), jnp.int32)]
+    x = jnp.array([41, 42], jnp.int32)
+    got = jax.jit(lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pnilfp", scalars=values, out_types=out)[0])(x)
+    wide = np.array([values[1]], np.int64).view(np.int32).tolist()
+    assert got.tolist() == [41, 1, -5, *wide, values[2], 1, 1], got
+
+
+@scenario()
+def call_sites_share_a_module():
+    fake, one, other = Fake(), code(image=b"\x7fELFshared"), code("another", image=b"\x7fELFshared")
+    twice = jax.jit(lambda x: copy(one, copy(one, x)[0])[0])
+    np.testing.assert_array_equal(twice(X), X)
+    np.testing.assert_array_equal(jax.jit(lambda x: copy(one, x)[0] + 1)(X), X + 1)
+    jax.block_until_ready(jax.jit(lambda x: copy(other, x))(X))
+    assert fake.counts() == {"loads": 1, "lookups": 2, "raises": 0, "launches": 4}
+
+
+@scenario()
+def one_load_for_each_device():
+    fake, c = Fake(), code()
+    f = jax.jit(lambda x: copy(c, x)[0])
+    try:
+        for device in (0, 1, 0, 1):  # The fake refuses a function of the other device.
+            fake.device(device)
+            np.testing.assert_array_equal(f(X), X)
+    finally:
+        fake.device(0)
+    assert fake.counts() == {"loads": 2, "lookups": 2, "raises": 0, "launches": 4}
+
+
+@scenario()
+def concurrent_calls():
+    fake, c = Fake(), code()
+    f = jax.jit(lambda x: copy(c, x)[0]).lower(X).compile()
+    barrier, failures = threading.Barrier(8), []
+
+    def work(i):
+        fake.device(i % 4)
+        barrier.wait()
+        try:
+            for _ in range(100):
+                np.testing.assert_array_equal(f(X), X)
+        except Exception as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures, failures[0]
+    assert fake.counts() == {"loads": 4, "lookups": 4, "raises": 0, "launches": 800}
+
+
+@scenario("cuda")
+def large_shared_memory_is_asked_for_and_never_lowered():
+    fake = Fake()
+    small, large, middle = (code(image=b"\x7fELFlarge", shared=s << 10) for s in (48, 200, 100))
+    calls = [jax.jit(lambda x, c=c: copy(c, x)[0]) for c in (small, large, middle)]
+    for call in (*calls, calls[1]):
+        np.testing.assert_array_equal(call(X), X)
+    assert fake.counts() == {"loads": 1, "lookups": 1, "raises": 1, "launches": 4}
+
+
+@scenario("cuda")
+def too_much_shared_memory():
+    c = code(shared=300 << 10)
+    expect(error_of(lambda x: copy(c, x), X), "kernel 'copy'", str(300 << 10), "cuFuncSetAttribute", "sm_90")
+
+
+@scenario()
+def no_current_device():
+    fake, c = Fake(), code()
+    fake.device(-1)
+    try:
+        expect(error_of(lambda x: copy(c, x), X), "kernel 'copy'", "no current device")
+    finally:
+        fake.device(0)
+
+
+@scenario()
+def empty_grid_is_no_launch():
+    for grid in ((0, 1, 1), (3, 0, 1), (3, 1, 0)):
+        fake, c = Fake(), code(image=b"nobody loads this")
+        jax.block_until_ready(jax.jit(lambda x, c=c, g=grid: copy(c, x, grid=g))(X))
+        assert fake.counts() == {"loads": 0, "lookups": 0, "raises": 0, "launches": 0}
+
+
+@scenario()
+def no_scalars_and_an_alias():
+    fake, c = Fake(), code("nothing")
+    out = [jax.ShapeDtypeStruct(X.shape, X.dtype)]
+    f = jax.jit(lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pp", scalars=[], out_types=out, aliases={0: 0})[0])
+    np.testing.assert_array_equal(f(X), X)  # The kernel does nothing: the result is the operand's buffer, or a copy of it.
+    assert fake.counts()["launches"] == 1
+
+
+@scenario()
+def invalid_image():
+    c = code(image=b"nonsense")
+    name = "hipErrorNoBinaryForGpu (209)" if VENDOR == "hip" else "CUDA_ERROR_INVALID_IMAGE (200)"
+    expect(error_of(lambda x: copy(c, x), X), "kernel 'copy'", "cannot load", "8 bytes", name, "some failure", c.target)
+
+
+@scenario()
+def unknown_kernel():
+    c = code("absent")
+    call = "hipModuleGetFunction" if VENDOR == "hip" else "cuModuleGetFunction"
+    expect(error_of(lambda x: copy(c, x), X), "kernel 'absent'", "not in its code object", call, "(500)")
+
+
+@scenario()
+def launch_error():
+    c = code("fail", shared=64, threads=128)
+    name = "hipErrorLaunchFailure (719)" if VENDOR == "hip" else "CUDA_ERROR_LAUNCH_FAILED (719)"
+    text = error_of(lambda x: copy(c, x, grid=(3, 2, 1)), X)
+    expect(text, "kernel 'fail'", name, "unspecified launch failure", "grid (3, 2, 1)", "block 128", "shared memory 64 bytes")
+
+
+@scenario()
+def what_does_not_fit_together():
+    fake, c = Fake(), code()
+    for kw, parts in (
+        ({"layout": "pp"}, ("scalars: got 1, expected 0",)),
+        ({"layout": "ppii"}, ("scalars: got 1, expected 2",)),
+        ({"layout": "ppx"}, ("layout: got 'ppx'", "p, n, i, l and f")),
+        ({"layout": "pi"}, ("layout: got 'pi' with 1 buffers", "1 operands + 1 results")),
+        ({"layout": "pppi"}, ("layout: got 'pppi' with 3 buffers",)),
+        ({"layout": "p" * 65}, ("layout: got 65 parameters", "at most 64")),
+        ({"scalars": [1 << 32]}, ("scalars[0]: got 4294967296", "32 bits")),
+        ({"scalars": [-(1 << 31) - 1]}, ("scalars[0]: got -2147483649",)),
+        ({"grid": (1 << 31, 1, 1)}, ("grid[0]: got 2147483648",)),
+        ({"grid": (1, 65536, 1)}, ("grid[1]: got 65536", "0 to 65535")),
+        ({"grid": (1, 1, 65536)}, ("grid[2]: got 65536", "0 to 65535")),
+        ({"grid": (-1, 1, 1)}, ("grid[0]: got -1",)),
+        ({"grid": (1, 1)}, ("grid: got 2 sizes",)),
+    ):
+        expect(error_of(lambda x, kw=kw: copy(c, x, **kw), X), "jaxnorm: kernel 'copy'", *parts)
+    for bad, part in ((code(threads=0), "threads: got 0"), (code(threads=1025), "threads: got 1025"), (code(shared=-1), "shared: got -1")):
+        expect(error_of(lambda x, bad=bad: copy(bad, x), X), "kernel 'copy'", part)
+    assert fake.counts()["launches"] == 0
+
+
+@scenario()
+def the_largest_grid():
+    # HIP counts threads in 32 bits, CUDA blocks in 31.
+    c, largest = code(threads=1024), (2**32 - 1) // 1024 if VENDOR == "hip" else 2**31 - 1
+    fake = Fake()
+    jax.block_until_ready(copy(c, X, grid=(largest, 65535, 65535)))
+    assert fake.last()[:3] == [largest, 65535, 65535]
+    expect(error_of(lambda x: copy(c, x, grid=(largest + 1, 1, 1)), X), f"grid[0]: got {largest + 1}, expected 0 to {largest}")
+
+
+@scenario()
+def sixty_four_parameters():
+    fake, c = Fake(), code("nothing")
+    jax.block_until_ready(jax.jit(lambda x: copy(c, x, layout="pp" + "n" * 30 + "l" * 32, scalars=list(range(32))))(X))
+    assert fake.counts()["launches"] == 1
+
+
+def main():
+    global VENDOR
+    library, VENDOR, *names = sys.argv[1:]
+    # Work runs in the thread that called, so that a Python thread can choose the fake driver's device.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    _native.register(ctypes.CDLL(library), "cpu")
+    _native._status = _native.Status(True, "host build", "", library)
+    if names == ["error"]:
+        print(error_of(lambda x: copy(code(), x), X))
+        return
+    for name, (function, vendors) in scenarios.items():
+        if VENDOR not in vendors or (names and name not in names):
+            continue
+        try:
+            function()
+            failure = None
+        except Exception:
+            failure = traceback.format_exc()
+        print(json.dumps([name, failure]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
