@@ -92,6 +92,8 @@ class Backward:
 
     dx: np.ndarray
     """Gradient of the float32 sum: x and residual each get its rounding to their own dtype."""
+    dx_terms: np.ndarray
+    """Sum of the absolute values of the terms of dx, which cancel for very small N (completely, but for eps, at N = 1)."""
     dweight: np.ndarray
     dweight_terms: np.ndarray
     """Sum over the rows of the absolute values of the terms of dweight."""
@@ -109,8 +111,11 @@ def rmsnorm_backward(forward: Forward, weight, dy, dresidual_out=None, *, weight
     with np.errstate(all="ignore"):
         xh = saved * forward.rstd
         gw = g1 * w
-        ds = forward.rstd * (gw - xh * (np.sum(gw * xh, -1, keepdims=True) / features))
+        mean = np.sum(gw * xh, -1, keepdims=True) / features
+        ds = forward.rstd * (gw - xh * mean)
+        magnitude = forward.rstd * (np.abs(gw) + np.abs(xh * mean))
         if dresidual_out is not None:
             ds = ds + f64(dresidual_out)
+            magnitude = magnitude + np.abs(f64(dresidual_out))
         terms = (g1 * xh).reshape(-1, features)
-        return Backward(ds, terms.sum(0), np.abs(terms).sum(0))
+        return Backward(ds, magnitude, terms.sum(0), np.abs(terms).sum(0))

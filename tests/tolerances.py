@@ -120,7 +120,11 @@ def _assert_before_weight_float32(got, forward, excused, what) -> None:
 
 
 def assert_dx(got, backward: oracle.Backward, what: str = "dx") -> None:
-    """2 ulp of max(abs(dx), row rms of dx); for float32 results 2^-20 of the same, as every float32 result."""
+    """2 ulp of max(abs(dx), row rms of dx); for float32 results 2^-20 of the same, as every float32 result.
+
+    Beside that 2^-22 of the terms: each is a float32 product of three or four roundings (about 2 * 2^-24 in the mean), which is
+    what remains where they cancel. It matters for N = 1 to 3 alone, where dx is a difference of nearly equal numbers.
+    """
     got = np.asarray(got)
     want = backward.dx
     assert got.shape == want.shape, f"{what}: {got.shape} is not {want.shape}"
@@ -130,7 +134,7 @@ def assert_dx(got, backward: oracle.Backward, what: str = "dx") -> None:
         scale = np.maximum(np.abs(want), np.sqrt(np.mean(want * want, -1, keepdims=True)))
         bound = 2.0**-20 * scale if got.dtype == np.float32 else 2 * ulp(scale, got.dtype.name)
         error = np.abs(f64(got) - want)
-        bad = ~((error <= bound + SMALLEST_NORMAL) | (np.isnan(want) & np.isnan(got)) | (f64(got) == want))
+        bad = ~((error <= bound + 2.0**-22 * backward.dx_terms + SMALLEST_NORMAL) | (np.isnan(want) & np.isnan(got)) | (f64(got) == want))
     if bad.any():
         _fail(what, got, want, bad, f"worst {float(np.nanmax(error / bound)):.2f} of the bound")
 
