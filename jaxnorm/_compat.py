@@ -1,0 +1,60 @@
+"""Every version-dependent JAX name, in one place. Supported: jax 0.10.2 and newer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def user_context(default: Any) -> Any:
+    """A context value that is part of the key of ``jax.jit``'s cache: callable as a context manager, read through ``.value``."""
+    return jax.make_user_context(default)
+
+
+def varying(aval: Any) -> frozenset[str]:
+    """The manual mesh axes over which a value differs between devices (``check_vma``)."""
+    manual = getattr(aval, "manual_axis_type", None)  # jax >= 0.11
+    axes = getattr(manual, "varying", None)
+    return frozenset(getattr(aval, "vma", ()) if axes is None else axes)
+
+
+def match_varying(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
+    """Make all arrays vary over the same manual axes. The transpose of the cast is the psum of a replicated weight's gradient."""
+    axes = frozenset().union(*(varying(jax.typeof(a)) for a in arrays if a is not None))
+    return [_vary(a, axes) for a in arrays]
+
+
+def _vary(a: jax.Array | None, axes: Iterable[str]) -> jax.Array | None:
+    if a is None:
+        return None
+    missing = tuple(sorted(frozenset(axes) - varying(jax.typeof(a))))
+    return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+
+def like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An abstract value of another shape and dtype on the mesh of ``aval``, varying over the same manual axes.
+
+    Built by ``update``: a bare ShapedArray would lose the varying axes, and ``shard_map`` would then accept a wrong out_specs.
+    """
+    replicated = NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=replicated)
+
+
+def plain(aval: Any) -> Any:
+    """Shape and dtype alone, for tracing what stands behind a lowering rule."""
+    return jax.core.ShapedArray(aval.shape, aval.dtype)
+
+
+def manual_axes() -> frozenset[str]:
+    """Mesh axes that are manual here: inside ``shard_map`` or ``pmap``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset() if mesh.empty else frozenset(mesh.manual_axes)
+
+
+def explicit_mesh(aval: Any) -> Any | None:
+    """The mesh in the type of a value when it has Explicit axes, else None."""
+    mesh = aval.sharding.mesh
+    return None if mesh.empty or AxisType.Explicit not in mesh.axis_types else mesh

@@ -1,0 +1,154 @@
+"""Code objects on disk, so that a kernel is compiled once per machine and not once per process.
+
+An entry is one file: a JSON header line, then the image and the assembly text. It is written under a temporary name and renamed,
+so that a reader sees a whole entry or none; whatever does not verify on reading is a miss and is compiled again. Nothing that
+goes wrong with the directory (read-only, full, foreign, gone) breaks a call: the memory cache goes on, and :func:`problem` says
+what happened for ``doctor``. Machine code is loaded only from a directory that belongs to this user and that others cannot write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .code_object import CodeObject
+
+FORMAT = "jaxnorm-code/1"
+_lock = threading.Lock()
+_memory: dict[str, CodeObject] = {}
+_building: dict[str, threading.Lock] = {}
+_problem = ""
+
+
+def directory() -> Path:
+    """``$JAXNORM_CACHE_DIR``, else ``jaxnorm`` in the user's cache folder."""
+    named = os.environ.get("JAXNORM_CACHE_DIR")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "jaxnorm"
+
+
+def problem() -> str:
+    """Why the last access to the directory failed; empty when nothing did."""
+    return _problem
+
+
+def digest(parts: Sequence[bytes | str]) -> str:
+    """SHA-256 over length-prefixed parts: no two different sequences give the same input."""
+    h = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()
+
+
+def get_or_compile(key_parts: Sequence[bytes | str], build: Callable[[], CodeObject]) -> CodeObject:
+    """The code object of ``key_parts``, from memory, from disk, or from ``build()``.
+
+    ``key_parts`` must hold all that matters: sources with everything they include, constants, options, target, compiler and its
+    version. Threads that ask for the same key compile it once.
+    """
+    key = digest([FORMAT, *key_parts])
+    if (hit := _memory.get(key)) is not None:
+        return hit
+    with _lock:
+        mine = _building.setdefault(key, threading.Lock())
+    with mine:
+        if (hit := _memory.get(key)) is not None:
+            return hit
+        code = _read(key)
+        if code is None:
+            built = build()
+            code = CodeObject(**{**built.__dict__, "source_key": key})
+            _write(key, code)
+        _memory[key] = code
+    with _lock:
+        _building.pop(key, None)
+    return code
+
+
+def clear_memory() -> None:
+    """Forget what this process holds; the disk stays. For tests."""
+    _memory.clear()
+
+
+def _path(key: str) -> Path:
+    return directory() / key[:2] / f"{key}.code"
+
+
+def _note(text: str) -> None:
+    global _problem
+    _problem = text
+
+
+def _trusted(folder: Path) -> bool:
+    """Ours, and not writable by others: what is read here is executed on the GPU."""
+    if not hasattr(os, "getuid"):
+        return True
+    try:
+        st = folder.stat()
+    except OSError:
+        return False
+    if st.st_uid not in (os.getuid(), 0):
+        _note(f"{folder} belongs to uid {st.st_uid}: code objects are not loaded from it. Set JAXNORM_CACHE_DIR to a folder of yours.")
+        return False
+    if st.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        _note(f"{folder} is writable by others: code objects are not loaded from it. Run: chmod go-w {folder}")
+        return False
+    return True
+
+
+def _read(key: str) -> CodeObject | None:
+    path = _path(key)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        _note(f"cannot read {path}: {e}")
+        return None
+    if not (_trusted(directory()) and _trusted(path.parent)):
+        return None
+    try:
+        line, rest = data.split(b"\n", 1)
+        head = json.loads(line)
+        image, asm = rest[: head["image_bytes"]], rest[head["image_bytes"] :]
+        whole = head["format"] == FORMAT and hashlib.sha256(rest).hexdigest() == head["sha256"] and image[:4] == b"\x7fELF"
+        if not whole:
+            raise ValueError("checksum or format differs")
+        return CodeObject(image, head["name"], head["target"], head["threads"], head["shared"], key, asm.decode())
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        _note(f"damaged cache entry {path} ({e}); it is compiled again")
+        return None
+
+
+def _write(key: str, code: CodeObject) -> None:
+    path = _path(key)
+    rest = code.image + code.asm.encode()
+    head = {"format": FORMAT, "name": code.name, "target": code.target, "threads": code.threads, "shared": code.shared,
+            "image_bytes": len(code.image), "sha256": hashlib.sha256(rest).hexdigest()}  # fmt: skip
+    try:
+        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not _trusted(directory()):
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with os.fdopen(handle, "wb") as f:
+                f.write(json.dumps(head).encode() + b"\n" + rest)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as e:
+        _note(f"cannot write to {directory()}: {e}; kernels are compiled anew in each process")

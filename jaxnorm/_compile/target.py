@@ -1,0 +1,70 @@
+"""Which machine code to make: from the device, or from ``use_target`` where no device is present."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+
+import jax
+
+from .. import _compat
+from ..errors import UnsupportedError, value_error
+
+DEFAULT = {"cuda": "sm_90", "rocm": "gfx942"}
+_PATTERN = {"cuda": r"sm_\d{2,3}[a-z]?", "rocm": r"gfx[0-9a-f]{3,4}"}
+_named = _compat.user_context(())
+
+
+def use_target(targets: Mapping[str, str]):
+    """Context manager: lower for these targets, e.g. ``{"rocm": "gfx942", "cuda": "sm_90"}``, whatever devices are present.
+
+    The values shown are what a platform without a device is lowered for by default. Part of the key of ``jax.jit``'s cache.
+
+    Raises:
+      ValueError: a platform other than ``cuda`` and ``rocm``, or a target that does not look like one of that platform.
+    """
+    for platform, target in dict(targets).items():
+        if platform not in DEFAULT:
+            raise value_error("use_target", "targets", f"platform {platform!r}", "'cuda' or 'rocm'")
+        if not isinstance(target, str) or not re.fullmatch(_PATTERN[platform], target):
+            raise value_error("use_target", f"targets[{platform!r}]", repr(target), f"a target such as {DEFAULT[platform]!r}")
+    return _named(tuple(sorted(dict(targets).items())))
+
+
+def named() -> tuple[tuple[str, str], ...]:
+    """What ``use_target`` names in this context."""
+    return _named.value or ()
+
+
+def of_device(device: jax.Device) -> str | None:
+    """``sm_90`` or ``gfx942``; None for a device that is no GPU."""
+    capability = getattr(device, "compute_capability", None)
+    if not capability:
+        return None
+    text = str(capability).split(":")[0]
+    return text if text.startswith("gfx") else "sm_" + text.replace(".", "")
+
+
+@functools.cache
+def _present(platform: str) -> tuple[str, ...]:
+    try:
+        devices = jax.devices(platform)
+    except RuntimeError:
+        return ()
+    return tuple(sorted({t for d in devices if (t := of_device(d))}))
+
+
+def resolve(platform: str, targets: tuple[tuple[str, str], ...]) -> str:
+    """The target to compile for: named by ``use_target``, else the devices', else the default of the platform."""
+    if (target := dict(targets).get(platform)) is not None:
+        return target
+    present = _present(platform)
+    if len(present) > 1:
+        raise UnsupportedError("jaxnorm", platform, f"the {platform} devices of this process differ ({', '.join(present)}).",
+                               f"Name one with jaxnorm.use_target({{{platform!r}: ...}}).")  # fmt: skip
+    return present[0] if present else DEFAULT[platform]
+
+
+def is_present(platform: str) -> bool:
+    return bool(_present(platform))

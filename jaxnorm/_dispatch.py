@@ -1,0 +1,180 @@
+"""Which backend serves a call, and why: argument > context > environment > measured table > heuristic.
+
+The choice is made from the operator, features, dtypes, options and target, never from the number of rows: the same row must give
+the same bits whatever rows stand beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from . import _compat, _launch
+from ._compile import target as _target
+from ._stage import StageCall
+from ._tune import table
+from .errors import UnsupportedError, value_error
+from .kernels.configs import Launch, Problem, Unsupported
+
+BACKENDS = ("xla", "triton", "hip")
+_context = _compat.user_context(None)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The outcome for one stage; ``explain`` prints it."""
+
+    backend: str
+    reason: str
+    plan: tuple[Launch, ...] = ()
+    road: str | None = None
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+def use_backend(name: str | None) -> Any:
+    """Context manager: every op without ``backend=`` uses this backend. None returns to the free choice.
+
+    Part of the key of ``jax.jit``'s cache: a function that was jitted under another backend is traced again.
+    """
+    return _context(_check("use_backend", "name", name))
+
+
+def requested(op: str, backend: str | None) -> tuple[str | None, str]:
+    """(backend named by the caller, the context or the environment, or None; who named it)."""
+    if backend is not None:
+        return _check(op, "backend", backend), "backend="
+    if _context.value is not None:
+        return _context.value, "use_backend"
+    if name := os.environ.get("JAXNORM_BACKEND"):
+        return _check("JAXNORM_BACKEND", "value", name), "JAXNORM_BACKEND"
+    return None, ""
+
+
+def _check(op: str, argument: str, name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise value_error(op, argument, repr(name), "None, 'xla', 'triton' or 'hip'")
+    return name
+
+
+def required() -> frozenset[str]:
+    """``JAXNORM_REQUIRE``: what must be there instead of being worked around."""
+    return frozenset(p.strip() for p in os.environ.get("JAXNORM_REQUIRE", "").split(",") if p.strip())
+
+
+def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
+    """The backend of one stage on one platform.
+
+    Raises:
+      UnsupportedError: a kernel backend was named, or is required, and cannot serve the call here.
+    """
+    named, by = call.backend, call.backend_source
+    if platform == "cpu":
+        if named in (None, "xla"):
+            return Chosen("xla", f"named by {by}" if named else "platform cpu: the xla backend is what runs there",
+                          rejected=() if named else tuple((b, "needs a GPU") for b in ("triton", "hip")))  # fmt: skip
+        raise UnsupportedError(call.op, "cpu", f"backend={named!r} is not usable: it needs a GPU and this call is for the CPU.",
+                               "Leave backend=None (the xla backend runs here).")  # fmt: skip
+    if named == "xla":
+        return Chosen("xla", f"named by {by}")
+    if named is not None:
+        plan, road = _serve(call, p, platform, named)
+        return Chosen(named, f"named by {by}", plan, road)
+    order, why = _order(call, p)
+    rejected: list[tuple[str, str]] = []
+    for backend in order:
+        if backend == "xla":
+            return Chosen("xla", why if not rejected else "no kernel backend serves this call", rejected=tuple(rejected))
+        try:
+            plan, road = _serve(call, p, platform, backend)
+        except UnsupportedError as e:
+            if backend in required() or ("launcher" in required() and "launcher" in e.reason):
+                raise
+            rejected.append((backend, e.reason))
+            continue
+        first = why if not rejected else f"{rejected[0][0]} cannot serve it"
+        return Chosen(backend, first, plan, road, tuple(rejected))
+    raise AssertionError("the order of backends ends with xla")
+
+
+def _order(call: StageCall, p: Problem) -> tuple[tuple[str, ...], str]:
+    """Backends to try, best first, and the reason for the first."""
+    entry = table.lookup(p.target, call.stage, p.dtype(call.names[0]), p.features, has_residual(p))
+    if entry is not None:
+        rest = tuple(b for b in ("hip", "triton") if b != entry.backend)
+        order = ("xla",) if entry.backend == "xla" else (entry.backend, *rest, "xla")
+        return order, f"measured best at N={entry.features} on {entry.device}"
+    # Without a measurement: HIP first, whose instances are compiled for the exact row length in a fraction of Triton's time; on
+    # every H200 cell of benchmarks/results its kernels were at least level.
+    return ("hip", "triton", "xla"), f"no measurement for {p.target}, N={p.features}: kernels before xla, hip before triton"
+
+
+def has_residual(p: Problem) -> bool:
+    return any(p.has(name) for name in ("residual", "residual_out", "dresidual_out"))
+
+
+def _serve(call: StageCall, p: Problem, platform: str, backend: str) -> tuple[tuple[Launch, ...], str]:
+    """(plan, road) of a kernel backend, or UnsupportedError with the reason."""
+    usable, reason, remedy = compiler(backend, p.target)
+    if not usable:
+        raise UnsupportedError(call.op, p.target, f"backend={backend!r} is not usable: {reason}", remedy)
+    road, why = _launch.road(backend, platform)
+    if road is None:
+        raise UnsupportedError(call.op, p.target, f"backend={backend!r} is not usable: {why}", "Leave backend=None.")
+    module = call.definition.plans.get(backend)
+    try:
+        if module is None:
+            raise Unsupported(f"{call.op} has no {backend} kernel.")
+        return importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan(p), road
+    except Unsupported as e:
+        raise UnsupportedError(call.op, p.target, str(e), "Leave backend=None to fall back to another backend.") from None
+
+
+def compiler(backend: str, target: str) -> tuple[bool, str, str]:
+    """(usable, reason, remedy) of the compiler behind a kernel backend."""
+    if backend == "triton":
+        from ._compile import triton
+
+        return triton.available()
+    from ._compile import hip
+
+    return hip.available(target)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """Whether a backend can be used on this machine's default device; if not, why, and what to do about it."""
+
+    usable: bool
+    reason: str
+    remedy: str = ""
+
+
+def backends() -> dict[str, BackendInfo]:
+    """``{"xla": ..., "triton": ..., "hip": ...}``: what can run on the default device of this process."""
+    import jax
+
+    platform = jax.default_backend()
+    info = {"xla": BackendInfo(True, f"runs on {platform}")}
+    for backend in ("triton", "hip"):
+        info[backend] = _info(backend, platform)
+    return info
+
+
+def _info(backend: str, platform: str) -> BackendInfo:
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    if platform not in _target.DEFAULT:
+        device = f"jax's default device is {platform}"
+        return BackendInfo(False, f"needs a GPU; {device}.", "Install jax[cuda13], or the ROCm plugin of jax, on a machine with a GPU.")
+    try:
+        t = _target.resolve(platform, _target.named())
+        usable, reason, remedy = compiler(backend, t)
+        if not usable:
+            return BackendInfo(False, reason, remedy)
+        road, why = _launch.road(backend, platform)
+    except (UnsupportedError, ValueError) as e:
+        return BackendInfo(False, str(e), "")
+    if road is None:
+        return BackendInfo(False, why, "Reinstall jaxnorm with a C++ compiler present.")
+    return BackendInfo(True, f"{t} through {road}" + (f" ({why})" if why else ""))

@@ -1,0 +1,107 @@
+"""The one place where batching, sharding, higher derivatives and the kernel call of a stage are composed.
+
+    custom_vjp (in the family)        reverse mode; outermost, so that what is inside is never asked for a jvp
+      custom_jvp                      derivatives of the forward and backward stages themselves: those of the reference
+        custom_vmap                   one more leading dim while the vectors are shared, else a loop over the examples
+          shard_map from the type     the first operand lives on an Explicit mesh
+          | the local function        axes already manual (shard_map, pmap)
+          | custom_partitioning       everything else
+            local function            folds the leading dims to rows, only here
+              primitive               lowered per platform in _launch
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+
+from . import _compat, _launch, _sharding
+from ._stage import StageCall
+
+
+def run(call: StageCall, operands: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+    """A stage on operands with at least one leading dim; results by name."""
+    operands = tuple(_compat.match_varying(operands))  # type: ignore[assignment]
+    out = _composed(call)(*operands)
+    return {name: o for (name, _, _), o in zip(call.results, out, strict=True)}
+
+
+@functools.cache
+def _composed(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
+    @jax.custom_jvp
+    def stage(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        return _batched(call)(*operands)
+
+    @stage.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return stage(*primals), jax.jvp(lambda *a: call.compute(a), primals, tangents)[1]
+
+    return stage
+
+
+@functools.cache
+def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
+    @custom_vmap
+    def stage(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        return _sharded(call, operands)
+
+    @stage.def_vmap
+    def _(size: int, batched: list[bool], *operands: jax.Array) -> Any:
+        whole = (True,) * len(call.results)
+        has_rows = ["..." in call.dims(name) for name in call.names]
+        shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))
+        if shared and not any(call.is_row_sum(name) for name, _, _ in call.results):
+            spread = [a if b or not rows else jnp.broadcast_to(a, (size, *a.shape))
+                      for a, b, rows in zip(operands, batched, has_rows, strict=True)]  # fmt: skip
+            return stage(*spread), whole
+        loop = [a for a, b in zip(operands, batched, strict=True) if b]
+
+        def example(mine: list[jax.Array]) -> tuple[jax.Array, ...]:
+            rest = iter(mine)
+            return stage(*[next(rest) if b else a for a, b in zip(operands, batched, strict=True)])
+
+        return jax.lax.map(example, loop), whole
+
+    return stage
+
+
+def _sharded(call: StageCall, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    local = functools.partial(_local, call)
+    if any(d == 0 for a in operands for d in a.shape):
+        return call.compute(operands)
+    if _compat.manual_axes():
+        return local(*operands)
+    if _compat.explicit_mesh(jax.typeof(operands[0])) is not None:
+        return _sharding.by_type(call, local, operands)
+    return tuple(_partitioned(call)(*operands))
+
+
+@functools.cache
+def _partitioned(call: StageCall) -> Callable[..., Any]:
+    local = functools.partial(_local, call)
+    rule, replicated = _sharding.rule(call)
+    f = custom_partitioning(lambda *operands: local(*operands))
+    f.def_partition(
+        partition=_sharding.partition(call, local), infer_sharding_from_operands=_sharding.infer(call), sharding_rule=rule,
+        need_replication_factors=replicated,
+    )  # fmt: skip
+    return f
+
+
+def _local(call: StageCall, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """One shard: leading dims folded to rows, one primitive, leading dims restored."""
+    lead = operands[0].shape[:-1]
+    rows = math.prod(lead)
+    flat = [
+        a.reshape(rows, *a.shape[len(lead) :]) if "..." in call.dims(name) else a
+        for name, a in zip(call.names, operands, strict=True)
+    ]
+    out = _launch.stage_p.bind(*flat, call=call)
+    return tuple(o.reshape(call.result_shape(name, lead)) for (name, _, _), o in zip(call.results, out, strict=True))

@@ -1,0 +1,43 @@
+"""Pieces shared by the references: sums whose bits do not depend on the number of rows, and roundings that survive XLA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Axes = tuple[str, ...]
+
+
+def row_sum(v: jax.Array, axes: Axes = ()) -> jax.Array:
+    """Sum over the last axis, kept with size 1: float32 ``[..., N] -> [..., 1]``.
+
+    A written-out halving tree: ``jnp.sum`` over a row changes its bits with the number of rows on CPU, this does not. ``axes``
+    are the mesh axes over which the features are sharded; each shard adds its part, one float a row crosses the wire.
+    """
+    n = v.shape[-1]
+    width = 1 << max(n - 1, 0).bit_length()
+    if width != n:
+        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - n)])
+    while width > 1:
+        width //= 2
+        v = v[..., :width] + v[..., width:]
+    return jax.lax.psum(v, axes) if axes else v
+
+
+def rounded(v: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 -> the values of ``dtype``, still as float32, in a form that XLA does not simplify away."""
+    if dtype == jnp.bfloat16:
+        return jax.lax.reduce_precision(v, 8, 7)
+    if dtype == jnp.float16:  # reduce_precision(5, 10) would flush float16 subnormals
+        return jax.lax.optimization_barrier(v.astype(dtype)).astype(jnp.float32)
+    return v
+
+
+def f32(v: jax.Array) -> jax.Array:
+    return v.astype(jnp.float32)
+
+
+def pad_last(v: jax.Array, width: int) -> jax.Array:
+    """Zeros behind the features up to ``width``."""
+    n = v.shape[-1]
+    return v if width == n else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - n)])

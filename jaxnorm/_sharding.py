@@ -1,0 +1,121 @@
+"""Shardings of a stage, derived from its dims: the Shardy rule, the partition callback, shard_map specs, the psum of row sums.
+
+Rows may be sharded over any axes and cost nothing in the forward direction; a result that is a sum over rows is summed over those
+axes in float32 (the one all-reduce of a backward). Sharded features stay sharded: the reference runs on each shard and sums its
+row statistics over the axis, one float a row. A padded result has a width of its own, so there the features are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import _compat
+from ._stage import StageCall
+
+Entry = Any  # an entry of a PartitionSpec: None, an axis, or a tuple of axes
+Local = Callable[..., tuple[jax.Array, ...]]
+
+
+def rule(call: StageCall) -> tuple[str, tuple[str, ...]]:
+    """The Shardy rule of a stage, and the factors that must be replicated."""
+    left = ", ".join(d for _, d in call.operands)
+    right = ", ".join(d for _, d, _ in call.results)
+    named = tuple(d for d, _ in call.sizes)
+    return f"{left} -> {right}", named if len(named) > 1 else ()
+
+
+def _axes(entries: Sequence[Entry]) -> tuple[str, ...]:
+    return tuple(a for e in entries if e is not None for a in (e if isinstance(e, tuple) else (e,)))
+
+
+def _layout(call: StageCall, sharding: Any, ndim: int) -> tuple[tuple[Entry, ...], Entry]:
+    """(entries of the leading dims, entry of the features), read from the first operand, which always has both."""
+    spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+    return spec[:-1], spec[-1] if len(call.sizes) == 1 else None
+
+
+def _specs(call: StageCall, lead: tuple[Entry, ...], feature: Entry) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
+    def spec(dims: str) -> PartitionSpec:
+        entries: tuple[Entry, ...] = ()
+        for d in dims.split():
+            entries += lead if d == "..." else (feature if d == "n" else None,)
+        return PartitionSpec(*entries)
+
+    return [spec(d) for _, d in call.operands], [spec(d) for _, d, _ in call.results]
+
+
+def _shard_function(call: StageCall, local: Local, row_axes: tuple[str, ...], feature_axes: tuple[str, ...]) -> Local:
+    """What one shard runs: the kernel on whole rows, or the reference on parts of rows; then the psum of the row sums."""
+
+    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        operands = tuple(_compat.match_varying(operands))
+        out = call.compute(operands, feature_axes) if feature_axes else local(*operands)
+        if not row_axes:
+            return out
+        summed = [jax.lax.psum(o, row_axes) if call.is_row_sum(r[0]) else o for o, r in zip(out, call.results, strict=True)]
+        return tuple(summed)
+
+    return run
+
+
+def by_type(call: StageCall, local: Local, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Explicit mesh: the sharding is in the type of the first operand, so a shard_map can be written from it."""
+    x = operands[0]
+    sharding = jax.typeof(x).sharding
+    lead, feature = _layout(call, sharding, x.ndim)
+    ins, outs = _specs(call, lead, feature)
+    row_axes, feature_axes = _axes(lead), _axes((feature,))
+    operands = tuple(_reshard(a, sharding.mesh, s) for a, s in zip(operands, ins, strict=True))
+    shard = _shard_function(call, local, row_axes, feature_axes)
+    return tuple(jax.shard_map(shard, mesh=sharding.mesh, in_specs=tuple(ins), out_specs=tuple(outs))(*operands))
+
+
+def conform(operands: dict[str, tuple[jax.Array | None, str]], *, gather_features: bool = False) -> list[jax.Array | None]:
+    """Explicit mesh: reshard the operands (name -> array, dims) of a public call to fit the first one.
+
+    Done outside the custom_vjp, so that each gradient comes back in the type of its argument.
+    """
+    x, _ = next(iter(operands.values()))
+    assert x is not None
+    if _compat.explicit_mesh(jax.typeof(x)) is None or _compat.manual_axes():
+        return [a for a, _ in operands.values()]
+    sharding = jax.typeof(x).sharding
+    spec = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+    feature = None if gather_features else spec[-1]
+    entries = {"... n": (*spec[:-1], feature), "...": spec[:-1], "n": (feature,)}
+    return [None if a is None else _reshard(a, sharding.mesh, PartitionSpec(*entries[dims])) for a, dims in operands.values()]
+
+
+def _reshard(a: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
+    now = tuple(jax.typeof(a).sharding.spec)
+    return a if now + (None,) * (a.ndim - len(now)) == tuple(spec) else jax.sharding.reshard(a, NamedSharding(mesh, spec))
+
+
+def partition(call: StageCall, local: Local) -> Callable[..., Any]:
+    """The callback of custom_partitioning: shardings of operands and results, and the function of a shard."""
+
+    def callback(mesh: Any, arguments: Any, result: Any) -> Any:
+        x = arguments[0]
+        lead, feature = _layout(call, x.sharding, len(x.shape))
+        ins, outs = _specs(call, lead, feature)
+        mesh = x.sharding.mesh
+        shard = _shard_function(call, local, _axes(lead), _axes((feature,)))
+        named = [tuple(NamedSharding(mesh, s) for s in specs) for specs in (outs, ins)]
+        return mesh, shard, named[0], named[1]
+
+    return callback
+
+
+def infer(call: StageCall) -> Callable[..., Any]:
+    """Result shardings from operand shardings, for the partitioner that predates Shardy."""
+
+    def callback(mesh: Any, arguments: Any, result: Any) -> Any:
+        x = arguments[0]
+        lead, feature = _layout(call, x.sharding, len(x.shape))
+        return tuple(NamedSharding(x.sharding.mesh, s) for s in _specs(call, lead, feature)[1])
+
+    return callback

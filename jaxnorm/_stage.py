@@ -1,0 +1,95 @@
+"""What a stage is: one kernel-sized step of an operator, described once for gradients, batching, sharding and kernels alike.
+
+The dims of each operand and result are written as in einsum: ``"... n"`` is rows of features, ``"n"`` a vector over the features,
+``"..."`` one value a row. ``...`` stands for the leading dims, which are folded to rows M inside the shard and nowhere else. A
+result without ``...`` of a stage whose operands have it is a sum over the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class StageDef:
+    """The code behind a stage. ``reference(call, operands, axes)`` is rank-polymorphic jnp; ``axes`` shard the features."""
+
+    name: str
+    op: str
+    reference: Callable[[StageCall, Arrays, tuple[str, ...]], Arrays]
+    plans: dict[str, str] = field(default_factory=dict)
+    """Kernel backend -> module in ``jaxnorm.kernels.configs`` whose ``plan(problem)`` gives the launches."""
+
+
+STAGES: dict[str, StageDef] = {}
+
+
+def register_stage(stage: StageDef) -> StageDef:
+    STAGES[stage.name] = stage
+    return stage
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """One call of a stage with everything static; hashable, the parameter of the primitive."""
+
+    stage: str
+    op: str
+    """The public operator, for messages and profiles."""
+    operands: tuple[tuple[str, str], ...]
+    """(name, dims) of the operands present, in order."""
+    results: tuple[tuple[str, str, str], ...]
+    """(name, dims, dtype) of the results wanted, in order."""
+    sizes: tuple[tuple[str, int], ...]
+    """Global size of each named dim, ``n`` first."""
+    options: tuple[tuple[str, Any], ...] = ()
+    backend: str | None = None
+    """Named by the caller, the context or the environment; None = choose."""
+    backend_source: str = ""
+    """Who named it."""
+    targets: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def definition(self) -> StageDef:
+        return STAGES[self.stage]
+
+    @property
+    def features(self) -> int:
+        return self.sizes[0][1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(n for n, _ in self.operands)
+
+    def size(self, dim: str) -> int:
+        return dict(self.sizes)[dim]
+
+    def option(self, name: str) -> Any:
+        return dict(self.options)[name]
+
+    def dims(self, name: str) -> tuple[str, ...]:
+        for entry in (*self.operands, *self.results):
+            if entry[0] == name:
+                return tuple(entry[1].split())
+        raise KeyError(name)
+
+    def is_row_sum(self, name: str) -> bool:
+        """Whether a result is summed over the rows."""
+        return "..." not in self.dims(name)
+
+    def result_shape(self, name: str, lead: tuple[int, ...]) -> tuple[int, ...]:
+        shape: tuple[int, ...] = ()
+        for d in self.dims(name):
+            shape += lead if d == "..." else (self.size(d),)
+        return shape
+
+    def compute(self, operands: tuple[jax.Array, ...], axes: tuple[str, ...] = ()) -> tuple[jax.Array, ...]:
+        """The reference, on operands with any leading dims."""
+        out = self.definition.reference(self, dict(zip(self.names, operands, strict=True)), axes)
+        return tuple(out[name] for name, _, _ in self.results)
