@@ -96,5 +96,9 @@ def distances(cell: Cell, outputs: Sequence[jax.Array], s: Arrays) -> dict[str, 
 
 
 def is_right(cell: Cell, errors: dict[str, float]) -> bool:
-    """Whether every error is within the dtype's tolerance; NaN is not."""
-    return all(e <= TOLERANCE[cell.dtype] for e in errors.values())
+    """Whether every error is within the dtype's tolerance; NaN is not.
+
+    The gradient of sum(y * y) / 2 is a small difference of large terms, which multiplies the rounding of y.
+    """
+    factor = 4 if cell.op == "rmsnorm_valgrad" else 1
+    return all(e <= factor * TOLERANCE[cell.dtype] for e in errors.values())

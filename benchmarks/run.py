@@ -25,7 +25,6 @@ from .cells import Cell
 FATAL = ("illegal_address", "illegal memory", "illegal instruction", "misaligned", "launch_failed", "launch failure", "device-side assert")
 CRASHES = "JAXNORM_BENCH_CRASHED"
 STARTED = "JAXNORM_BENCH_STARTED"
-FAILURES = "XlaRuntimeError INTERNAL: "
 
 
 def contestants() -> dict[str, Callable[[Any], timing.Program]]:
@@ -152,8 +151,7 @@ def run(args: argparse.Namespace) -> int:
     out = pathlib.Path(args.out)
     results = store.Store(out, [] if args.fresh else [pathlib.Path(d) for d in args.earlier])
     todo = cells.select(args.ops, args.cells, args.dtype)
-    if not args.fresh:
-        todo = [c for c in todo if not is_done(results, c)]
+    todo = [c for c in todo if not is_done(results, c, started if args.fresh else 0.0)]
     names = [n for n in args.contestants.split(",") if n]
     unknown = sorted(set(names) - set(contestants()))
     if unknown:
@@ -170,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             crashed = crashes(cell)
             record = measure_cell(cell, names, timer, crashed)
-            results.put(cell.op, cell.key, {**record, **environment})
+            results.put(cell.op, cell.key, {**record, **environment, "time": int(time.time())})
             print(compare.line(record), f"[{record['seconds']:.0f} s]", flush=True)
         except DeviceLost as e:
             restart_without(cell, e)
@@ -187,8 +185,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def is_done(results: store.Store, cell: Cell) -> bool:
-    return store.is_complete(results.get(cell.op, cell.key)) or "*" in crashes(cell)
+def is_done(results: store.Store, cell: Cell, since: float) -> bool:
+    """Whether the cell was measured, at the time ``since`` or later, or lost the device in a way that names no contestant."""
+    record = results.get(cell.op, cell.key)
+    recent = record is not None and record.get("time", 0) >= int(since)
+    return (recent and store.is_complete(record)) or "*" in crashes(cell)
 
 
 def crashes(cell: Cell) -> dict[str, str]:
@@ -202,7 +203,7 @@ def restart_without(cell: Cell, lost: DeviceLost) -> None:
     print(f"{cell.op} {cell.key}: the device is lost after {lost}; starting again without it", flush=True)
     text = str(lost).replace("\n", " ")[:300]
     os.environ[CRASHES] = f"{os.environ.get(CRASHES, '')}\n{cell.op} {cell.key}|{lost.contestant}|{text}"
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *[a for a in sys.argv[1:] if a != "--fresh"]])
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
 
 
 def parser() -> argparse.ArgumentParser:
