@@ -2,14 +2,13 @@
 //
 // Built by a plain C++ compiler with no GPU toolkit: the driver is found with dlopen when the first kernel is loaded.
 // Three stages:
-//   instantiate  checks the attributes and keeps them, once per call site of a compiled program
+//   instantiate  checks the attributes, when the program is compiled
 //   initialize   loads the code object on the current device, before XLA may record a graph
 //   execute      fills the parameter array and launches; it takes no lock, allocates nothing and synchronises nothing
-//
-// A code object is loaded once per device, however many call sites use it, and stays loaded until the process ends:
-// nothing says when the last recorded graph that holds one of its functions is gone.
+// A code object is loaded once per device, however many call sites use it, and stays loaded until the process ends.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -32,7 +31,7 @@ using Str = std::string_view;
 using Ints = ffi::Span<const int64_t>;
 
 // Attributes or exported symbols changed: raise it here and in jaxnorm/_native.py, so that an old binary says so.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 constexpr size_t kMaxParams = 64;
 constexpr size_t kTritonScratch =
@@ -90,9 +89,10 @@ class Driver {
     return set_attribute_(function, kMaxDynamicSharedSizeAttribute, static_cast<int>(bytes));
   }
 
-  int Launch(void* function, const std::array<uint32_t, 3>& grid, uint32_t threads, uint32_t shared, void* stream,
-             void** params) const {
-    return launch_(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream, params, nullptr);
+  int Launch(void* function, Ints grid, int64_t threads, int64_t shared, void* stream, void** params) const {
+    auto narrow = [](int64_t checked) { return static_cast<unsigned>(checked); };
+    return launch_(function, narrow(grid[0]), narrow(grid[1]), narrow(grid[2]), narrow(threads), 1, 1, narrow(shared),
+                   stream, params, nullptr);
   }
 
   // "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED (719): unspecified launch failure"
@@ -173,223 +173,201 @@ class Driver {
   int (*cuda_error_text_)(int, const char**) = nullptr;
 };
 
-// A code object, one per distinct image in the process, and what the driver made of it. The driver may keep pointing
-// into the bytes, so an image is never freed.
-class Image {
- public:
-  // The one image of these bytes.
-  static Image* Intern(bool hip, Str bytes) {
-    static auto* mutex = new std::mutex;
-    static auto* images = new std::array<std::unordered_map<Str, std::unique_ptr<Image>>, 2>;
-    std::lock_guard<std::mutex> lock(*mutex);
-    auto& known = (*images)[hip];
-    if (auto found = known.find(bytes); found != known.end()) return found->second.get();
-    std::unique_ptr<Image> image(new Image(bytes));
-    Image* result = image.get();
-    known.emplace(result->bytes_, std::move(image));
-    return result;
-  }
+// The attributes of one call site.
+struct Call {
+  Str image, name, target;
+  Ints grid;
+  int64_t threads, shared;
+  Str layout;
+  Ints scalars;
+  int64_t key;  // digest of image, name and target, so that a launch need not read the image
 
-  // Loads the image on the device of `context` if it is not there yet, and finds the function with room for `shared`
-  // bytes. On failure returns null and says in `error` which call failed how.
-  void* Load(const Driver& driver, uint64_t context, const std::string& name, int64_t shared, std::string* error) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    Module& module = modules_[context];
-    if (module.handle == nullptr) {
-      if (int status = driver.LoadModule(&module.handle, bytes_.data())) {
-        module.handle = nullptr;
-        *error = "cannot load its code object (" + std::to_string(bytes_.size()) + " bytes) on this device, " +
-                 driver.Describe("cuModuleLoadData", "hipModuleLoadData", status);
-        return nullptr;
-      }
-    }
-    Function& function = module.functions[name];
-    if (function.handle == nullptr) {
-      if (int status = driver.GetFunction(&function.handle, module.handle, name.c_str())) {
-        function.handle = nullptr;
-        *error = "not in its code object, " + driver.Describe("cuModuleGetFunction", "hipModuleGetFunction", status);
-        return nullptr;
-      }
-    }
-    // Call sites share the function, so the limit only ever goes up.
-    if (shared > function.shared_limit) {
-      if (int status = driver.RaiseShared(function.handle, shared)) {
-        *error = "cannot have " + std::to_string(shared) + " bytes of shared memory, " +
-                 driver.Describe("cuFuncSetAttribute", "hipFuncSetAttribute", status);
-        return nullptr;
-      }
-      function.shared_limit = shared;
-    }
-    return function.handle;
-  }
-
- private:
-  struct Function {
-    void* handle = nullptr;
-    int64_t shared_limit = kDefaultSharedCuda;
-  };
-  struct Module {
-    void* handle = nullptr;
-    std::map<std::string, Function> functions;
-  };
-
-  explicit Image(Str bytes) : bytes_(bytes) {}
-
-  const std::string bytes_;
-  std::mutex mutex_;
-  std::map<uint64_t, Module> modules_;  // by Driver::Current
+  bool hip() const { return target.substr(0, 3) == "gfx"; }
+  bool empty_grid() const { return grid[0] == 0 || grid[1] == 0 || grid[2] == 0; }
 };
 
-// One per call site of a compiled program.
-struct LaunchState {
-  static ffi::TypeId id;
-  static ffi::TypeInfo info;
+std::string Where(const Call& c) { return "jaxnorm: kernel '" + std::string(c.name) + "': "; }
 
-  // A device on which the function is loaded. The list only grows, so that execute can read it without a lock.
-  struct Loaded {
-    uint64_t context;
+// The program asks for what cannot be.
+ffi::Error Wrong(const Call& c, const std::string& what) { return ffi::Error::InvalidArgument(Where(c) + what); }
+
+// The driver refused.
+ffi::Error Failed(const Call& c, const std::string& what) {
+  return ffi::Error::Internal(Where(c) + what + "; target " + std::string(c.target) + ", grid (" +
+                              std::to_string(c.grid[0]) + ", " + std::to_string(c.grid[1]) + ", " +
+                              std::to_string(c.grid[2]) + "), block " + std::to_string(c.threads) + ", shared memory " +
+                              std::to_string(c.shared) + " bytes");
+}
+
+// Every function that is loaded. Looking one up takes no lock: entries are only added, and never freed, because nothing
+// says when the last recorded graph that holds a function is gone.
+class Kernels {
+ public:
+  struct Entry {
+    int64_t key;
+    uint64_t context;  // Driver::Current
+    bool hip;
+    std::string name;
     void* function;
-    const Loaded* next;
+    std::atomic<int64_t> shared_limit;
+    const Entry* next;
   };
 
-  LaunchState() = default;
-  LaunchState(const LaunchState&) = delete;
-  LaunchState& operator=(const LaunchState&) = delete;
-  ~LaunchState() {
-    for (const Loaded* l = loaded.load(); l != nullptr;) delete std::exchange(l, l->next);
+  static Kernels& Get() {
+    static auto* kernels = new Kernels;
+    return *kernels;
   }
 
-  void* Find(uint64_t context) const {
-    for (const Loaded* l = loaded.load(std::memory_order_acquire); l != nullptr; l = l->next) {
-      if (l->context == context) return l->function;
+  const Entry* Find(const Call& c, uint64_t context) const {
+    for (const Entry* e = Bucket(c).load(std::memory_order_acquire); e != nullptr; e = e->next) {
+      if (e->key == c.key && e->context == context && e->hip == c.hip() && e->name == c.name) return e;
     }
     return nullptr;
   }
 
-  bool EmptyGrid() const { return grid[0] == 0 || grid[1] == 0 || grid[2] == 0; }
+  // Loads the code object on the device of `context` if it is not there yet, and finds the function with room for the
+  // dynamic shared memory.
+  ffi::Error Load(const Driver& driver, const Call& c, uint64_t context) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Entry* entry = const_cast<Entry*>(Find(c, context));
+    if (entry == nullptr) {
+      void *module = nullptr, *function = nullptr;
+      if (ffi::Error error = LoadModule(driver, c, context, &module); error.failure()) return error;
+      if (int status = driver.GetFunction(&function, module, std::string(c.name).c_str()))
+        return Failed(
+            c, "not in its code object, " + driver.Describe("cuModuleGetFunction", "hipModuleGetFunction", status));
+      std::atomic<const Entry*>& bucket = Bucket(c);
+      entry = new Entry{c.key, context, c.hip(), std::string(c.name), function, {kDefaultSharedCuda}, bucket.load()};
+      bucket.store(entry, std::memory_order_release);
+    }
+    // Call sites share the function, so its limit only ever goes up.
+    if (c.shared > entry->shared_limit) {
+      if (int status = driver.RaiseShared(entry->function, c.shared))
+        return Failed(
+            c, "too much shared memory, " + driver.Describe("cuFuncSetAttribute", "hipFuncSetAttribute", status));
+      entry->shared_limit = c.shared;
+    }
+    return ffi::Error::Success();
+  }
 
-  Image* image = nullptr;
-  std::string name, target, layout;
-  bool hip = false;
-  std::array<uint32_t, 3> grid = {};
-  uint32_t threads = 0, shared = 0;
-  size_t buffers = 0;                         // how many 'p' the layout has
-  std::array<int64_t, kMaxParams> scalars{};  // little endian: the low bytes of an int64 are its int32
-  std::mutex mutex;                           // writers of `loaded`
-  std::atomic<const Loaded*> loaded{nullptr};
+ private:
+  struct Image {
+    std::string bytes;                                   // kept: the driver may go on pointing into them
+    std::map<std::pair<bool, uint64_t>, void*> modules;  // by vendor and context
+  };
+  static constexpr size_t kBuckets = 1024;  // A program has some tens of kernels; a chain in a bucket is no error.
+
+  ffi::Error LoadModule(const Driver& driver, const Call& c, uint64_t context, void** module) {
+    auto found = images_.find(c.image);
+    if (found == images_.end()) {
+      auto image = std::make_unique<Image>(Image{std::string(c.image), {}});
+      Str bytes = image->bytes;
+      found = images_.emplace(bytes, std::move(image)).first;
+    }
+    void*& loaded = found->second->modules[{c.hip(), context}];
+    if (loaded == nullptr) {
+      if (int status = driver.LoadModule(&loaded, found->second->bytes.data())) {
+        loaded = nullptr;
+        return Failed(c, "cannot load its code object (" + std::to_string(c.image.size()) + " bytes) on this device, " +
+                             driver.Describe("cuModuleLoadData", "hipModuleLoadData", status));
+      }
+    }
+    *module = loaded;
+    return ffi::Error::Success();
+  }
+
+  std::atomic<const Entry*>& Bucket(const Call& c) { return buckets_[static_cast<uint64_t>(c.key) % kBuckets]; }
+  const std::atomic<const Entry*>& Bucket(const Call& c) const { return const_cast<Kernels*>(this)->Bucket(c); }
+
+  std::array<std::atomic<const Entry*>, kBuckets> buckets_{};
+  std::mutex mutex_;  // of everything below, and of writers to the buckets
+  std::unordered_map<Str, std::unique_ptr<Image>> images_;
 };
 
-ffi::TypeId LaunchState::id = {};
-ffi::TypeInfo LaunchState::info = ffi::MakeTypeInfo<LaunchState>();
-
-std::string Where(Str name) { return "jaxnorm: kernel '" + std::string(name) + "': "; }
-
-ffi::Error Wrong(Str name, const std::string& what) { return ffi::Error::InvalidArgument(Where(name) + what); }
-
-std::string Describe(const LaunchState& s) {
-  return "target " + s.target + ", grid (" + std::to_string(s.grid[0]) + ", " + std::to_string(s.grid[1]) + ", " +
-         std::to_string(s.grid[2]) + "), block " + std::to_string(s.threads) + ", shared memory " +
-         std::to_string(s.shared) + " bytes";
-}
-
-ffi::Error Failed(const LaunchState& s, const std::string& what) {
-  return ffi::Error::Internal(Where(s.name) + what + "; " + Describe(s));
-}
-
-ffi::Error CheckGrid(Str name, bool hip, Ints grid, int64_t threads, int64_t shared) {
-  if (grid.size() != 3) return Wrong(name, "grid: got " + std::to_string(grid.size()) + " sizes, expected 3");
-  if (threads < 1 || threads > kMaxThreads)
-    return Wrong(name, "threads: got " + std::to_string(threads) + ", expected 1 to " + std::to_string(kMaxThreads));
-  if (shared < 0 || shared > std::numeric_limits<int32_t>::max())
-    return Wrong(name, "shared: got " + std::to_string(shared) + " bytes, expected 0 to 2**31 - 1");
+ffi::Error CheckSizes(const Call& c) {
+  if (!c.hip() && c.target.substr(0, 3) != "sm_")
+    return Wrong(c, "target: got '" + std::string(c.target) + "', expected gfx... or sm_...");
+  if (c.grid.size() != 3) return Wrong(c, "grid: got " + std::to_string(c.grid.size()) + " sizes, expected 3");
+  if (c.threads < 1 || c.threads > kMaxThreads)
+    return Wrong(c, "threads: got " + std::to_string(c.threads) + ", expected 1 to " + std::to_string(kMaxThreads));
+  if (c.shared < 0 || c.shared > std::numeric_limits<int32_t>::max())
+    return Wrong(c, "shared: got " + std::to_string(c.shared) + " bytes, expected 0 to 2**31 - 1");
   // HIP counts threads, not blocks, in 32 bits.
-  const int64_t max_x = hip ? std::numeric_limits<uint32_t>::max() / threads : kMaxGridX;
-  const std::array<int64_t, 3> limits = {max_x < kMaxGridX ? max_x : kMaxGridX, kMaxGridYZ, kMaxGridYZ};
+  const int64_t max_x = c.hip() ? std::min(kMaxGridX, std::numeric_limits<uint32_t>::max() / c.threads) : kMaxGridX;
+  const std::array<int64_t, 3> limits = {max_x, kMaxGridYZ, kMaxGridYZ};
   for (size_t i = 0; i < 3; ++i) {
-    if (grid[i] < 0 || grid[i] > limits[i])
-      return Wrong(name, "grid[" + std::to_string(i) + "]: got " + std::to_string(grid[i]) + ", expected 0 to " +
-                             std::to_string(limits[i]) + (hip ? " (HIP)" : " (CUDA)"));
+    if (c.grid[i] < 0 || c.grid[i] > limits[i])
+      return Wrong(c, "grid[" + std::to_string(i) + "]: got " + std::to_string(c.grid[i]) + ", expected 0 to " +
+                          std::to_string(limits[i]) + (c.hip() ? " (HIP)" : " (CUDA)"));
   }
   return ffi::Error::Success();
 }
 
 // Checks the layout against the scalars, and counts its buffers.
-ffi::Error ReadLayout(Str layout, Ints scalars, LaunchState* s) {
-  if (layout.size() > kMaxParams)
-    return Wrong(s->name, "layout: got " + std::to_string(layout.size()) + " parameters, expected at most " +
-                              std::to_string(kMaxParams));
-  size_t used = 0;
-  for (char c : layout) {
-    if (c == 'p') ++s->buffers;
-    if (c == 'p' || c == 'n') continue;
-    if (c != 'i' && c != 'l' && c != 'f')
-      return Wrong(s->name, "layout: got '" + std::string(layout) + "', expected only p, n, i, l and f");
-    if (used >= scalars.size()) {
-      ++used;
-      continue;
+ffi::Error CheckLayout(const Call& c, size_t* buffers) {
+  if (c.layout.size() > kMaxParams)
+    return Wrong(c, "layout: got " + std::to_string(c.layout.size()) + " parameters, expected at most " +
+                        std::to_string(kMaxParams));
+  size_t scalars = 0;
+  *buffers = 0;
+  for (char letter : c.layout) {
+    if (letter == 'p') {
+      ++*buffers;
+    } else if (letter == 'i' || letter == 'l' || letter == 'f') {
+      // Four bytes are a signed or an unsigned integer, or the bits of a float.
+      const int64_t value = scalars < c.scalars.size() ? c.scalars[scalars] : 0;
+      if (letter != 'l' &&
+          (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<uint32_t>::max()))
+        return Wrong(c, "scalars[" + std::to_string(scalars) + "]: got " + std::to_string(value) +
+                            ", expected 32 bits as layout '" + std::string(c.layout) + "' says");
+      ++scalars;
+    } else if (letter != 'n') {
+      return Wrong(c, "layout: got '" + std::string(c.layout) + "', expected only p, n, i, l and f");
     }
-    const int64_t value = scalars[used];
-    // Four bytes: a signed or an unsigned 32-bit integer, or the bits of a float.
-    if (c != 'l' && (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<uint32_t>::max()))
-      return Wrong(s->name, "scalars[" + std::to_string(used) + "]: got " + std::to_string(value) +
-                                ", expected 32 bits as layout '" + std::string(layout) + "' says");
-    s->scalars[used++] = value;
   }
-  if (used != scalars.size())
-    return Wrong(s->name, "scalars: got " + std::to_string(scalars.size()) + ", expected " + std::to_string(used) +
-                              " as layout '" + std::string(layout) + "' says");
+  if (scalars != c.scalars.size())
+    return Wrong(c, "scalars: got " + std::to_string(c.scalars.size()) + ", expected " + std::to_string(scalars) +
+                        " as layout '" + std::string(c.layout) + "' says");
   return ffi::Error::Success();
 }
 
-ffi::ErrorOr<std::unique_ptr<LaunchState>> Instantiate(Str image, Str name, Str target, Ints grid, int64_t threads,
-                                                       int64_t shared, Str layout, Ints scalars) {
-  const bool hip = target.substr(0, 3) == "gfx";
-  if (!hip && target.substr(0, 3) != "sm_")
-    return ffi::Unexpected(Wrong(name, "target: got '" + std::string(target) + "', expected gfx... or sm_..."));
-  if (ffi::Error error = CheckGrid(name, hip, grid, threads, shared); error.failure()) return ffi::Unexpected(error);
-  auto s = std::make_unique<LaunchState>();
-  s->name = name;
-  if (ffi::Error error = ReadLayout(layout, scalars, s.get()); error.failure()) return ffi::Unexpected(error);
-  s->image = Image::Intern(hip, image);
-  s->target = target;
-  s->layout = layout;
-  s->hip = hip;
-  for (size_t i = 0; i < 3; ++i) s->grid[i] = static_cast<uint32_t>(grid[i]);
-  s->threads = static_cast<uint32_t>(threads);
-  s->shared = static_cast<uint32_t>(shared);
-  return s;
+// Keeps no state: XLA would want its type registered before the handlers, and JAX hands over what was registered before
+// its GPU plugin started in the other order, so that the plugin would fail to start.
+ffi::Error Instantiate(const Call& c) {
+  size_t buffers = 0;
+  if (ffi::Error error = CheckSizes(c); error.failure()) return error;
+  return CheckLayout(c, &buffers);
 }
 
 // XLA runs this before every execution; after the first on a device it only reads.
-ffi::Error Initialize(LaunchState* s, ffi::Dictionary) {
-  if (s->EmptyGrid()) return ffi::Error::Success();
-  const Driver& driver = Driver::Get(s->hip);
-  if (!driver.error().empty())
-    return ffi::Error(ffi::ErrorCode::kFailedPrecondition, Where(s->name) + driver.error() + "; target " + s->target);
+ffi::Error Initialize(const Call& c) {
+  if (ffi::Error error = CheckSizes(c); error.failure()) return error;
+  if (c.empty_grid()) return ffi::Error::Success();
+  const Driver& driver = Driver::Get(c.hip());
+  if (!driver.error().empty()) return ffi::Error(ffi::ErrorCode::kFailedPrecondition, Where(c) + driver.error());
   uint64_t context = 0;
   if (int status = driver.Current(&context))
-    return Failed(*s, "no current device, " + driver.Describe("cuCtxGetCurrent", "hipGetDevice", status));
-  if (s->Find(context) != nullptr) return ffi::Error::Success();
-  std::lock_guard<std::mutex> lock(s->mutex);
-  if (s->Find(context) != nullptr) return ffi::Error::Success();
-  std::string error;
-  void* function = s->image->Load(driver, context, s->name, s->shared, &error);
-  if (function == nullptr) return Failed(*s, error);
-  s->loaded.store(new LaunchState::Loaded{context, function, s->loaded.load()}, std::memory_order_release);
-  return ffi::Error::Success();
+    return Failed(c, "no current device, " + driver.Describe("cuCtxGetCurrent", "hipGetDevice", status));
+  const Kernels::Entry* entry = Kernels::Get().Find(c, context);
+  if (entry != nullptr && c.shared <= entry->shared_limit) return ffi::Error::Success();
+  return Kernels::Get().Load(driver, c, context);
 }
 
-ffi::Error Launch(void* stream, LaunchState* s, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets) {
-  if (args.size() + rets.size() != s->buffers)
-    return Wrong(s->name, "layout: got '" + s->layout + "' with " + std::to_string(s->buffers) + " buffers, expected " +
-                              std::to_string(args.size()) + " operands + " + std::to_string(rets.size()) + " results");
-  if (s->EmptyGrid()) return ffi::Error::Success();
-  const Driver& driver = Driver::Get(s->hip);
+ffi::Error Execute(void* stream, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, const Call& c) {
+  size_t expected = 0;
+  if (ffi::Error error = CheckSizes(c); error.failure()) return error;
+  if (ffi::Error error = CheckLayout(c, &expected); error.failure()) return error;
+  if (args.size() + rets.size() != expected)
+    return Wrong(c, "layout: got '" + std::string(c.layout) + "' with " + std::to_string(expected) +
+                        " buffers, expected " + std::to_string(args.size()) + " operands + " +
+                        std::to_string(rets.size()) + " results");
+  if (c.empty_grid()) return ffi::Error::Success();
+  const Driver& driver = Driver::Get(c.hip());
   uint64_t context = 0;
   if (int status = driver.Current(&context))
-    return Failed(*s, "no current device, " + driver.Describe("cuCtxGetCurrent", "hipGetDevice", status));
-  void* function = s->Find(context);
-  if (function == nullptr) return Failed(*s, "XLA did not initialize it on this device");
+    return Failed(c, "no current device, " + driver.Describe("cuCtxGetCurrent", "hipGetDevice", status));
+  const Kernels::Entry* entry = Kernels::Get().Find(c, context);
+  if (entry == nullptr) return Failed(c, "XLA did not initialize it on this device");
 
   std::array<void*, kMaxParams> buffers;
   for (size_t i = 0; i < args.size(); ++i) {
@@ -406,70 +384,67 @@ ffi::Error Launch(void* stream, LaunchState* s, const ffi::RemainingArgs& args, 
   std::array<void*, kMaxParams + kTritonScratch> params;
   void* null = nullptr;
   size_t count = 0, buffer = 0, scalar = 0;
-  for (char c : s->layout) {
-    if (c == 'p') {
+  for (char letter : c.layout) {
+    if (letter == 'p') {
       params[count++] = &buffers[buffer++];
-    } else if (c == 'n') {
+    } else if (letter == 'n') {
       params[count++] = &null;
     } else {
-      params[count++] = &s->scalars[scalar++];  // the driver copies it during the call
+      // The driver copies it during the call. Little endian: the low bytes of an int64 are its int32.
+      params[count++] = const_cast<int64_t*>(&c.scalars[scalar++]);
     }
   }
   for (size_t i = 0; i < kTritonScratch; ++i) params[count++] = &null;
-  if (int status = driver.Launch(function, s->grid, s->threads, s->shared, stream, params.data()))
-    return Failed(*s, driver.Describe("cuLaunchKernel", "hipModuleLaunchKernel", status));
+  if (int status = driver.Launch(entry->function, c.grid, c.threads, c.shared, stream, params.data()))
+    return Failed(c, driver.Describe("cuLaunchKernel", "hipModuleLaunchKernel", status));
   return ffi::Error::Success();
 }
 
+// A stage is handed all attributes and must bind them all, here in the order of Call.
+template <typename Binding> auto Attributes(Binding&& binding) {
+  return std::forward<Binding>(binding)
+      .template Attr<Str>("image")
+      .template Attr<Str>("name")
+      .template Attr<Str>("target")
+      .template Attr<Ints>("grid")
+      .template Attr<int64_t>("threads")
+      .template Attr<int64_t>("shared")
+      .template Attr<Str>("layout")
+      .template Attr<Ints>("scalars")
+      .template Attr<int64_t>("key");
+}
+
+auto BindInstantiate() { return Attributes(ffi::Ffi::BindInstantiate()); }
+auto BindInitialize() { return Attributes(ffi::Ffi::BindInitialize()); }
+constexpr auto kInstantiate = [](auto... attributes) { return Instantiate(Call{attributes...}); };
+constexpr auto kInitialize = [](auto... attributes) { return Initialize(Call{attributes...}); };
+
 #ifndef JAXNORM_LAUNCHER_HOST
-ffi::Error Execute(void* stream, LaunchState* s, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary) {
-  return Launch(stream, s, args, rets);
-}
 auto BindExecute() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<void*>>()
-      .Ctx<ffi::State<LaunchState>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs<ffi::Dictionary>();
+  return Attributes(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().RemainingArgs().RemainingRets());
 }
+constexpr auto kExecute = [](void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, auto... attributes) {
+  return Execute(stream, args, rets, Call{attributes...});
+};
 #else
-// For tests on the CPU platform, which has no stream and no initialize stage, over a fake driver.
-ffi::Error Execute(LaunchState* s, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  if (ffi::Error error = Initialize(s, attributes); error.failure()) return error;
-  return Launch(nullptr, s, args, rets);
-}
-auto BindExecute() {
-  return ffi::Ffi::Bind().Ctx<ffi::State<LaunchState>>().RemainingArgs().RemainingRets().Attrs<ffi::Dictionary>();
-}
+// For tests on the CPU platform, which has no stream and may have no initialize stage, over a fake driver.
+auto BindExecute() { return Attributes(ffi::Ffi::Bind().RemainingArgs().RemainingRets()); }
+constexpr auto kExecute = [](ffi::RemainingArgs args, ffi::RemainingRets rets, auto... attributes) {
+  const Call c{attributes...};
+  if (ffi::Error error = Initialize(c); error.failure()) return error;
+  return Execute(nullptr, args, rets, c);
+};
 #endif
-
-auto BindInstantiate() {
-  return ffi::Ffi::BindInstantiate()
-      .Attr<Str>("image")
-      .Attr<Str>("name")
-      .Attr<Str>("target")
-      .Attr<Ints>("grid")
-      .Attr<int64_t>("threads")
-      .Attr<int64_t>("shared")
-      .Attr<Str>("layout")
-      .Attr<Ints>("scalars");
-}
-
-// A stage is handed all attributes and must bind them all; the state holds what is needed, so the rest stays undecoded.
-auto BindInitialize() { return ffi::Ffi::BindInitialize().Ctx<ffi::State<LaunchState>>().Attrs<ffi::Dictionary>(); }
 
 }  // namespace
 }  // namespace jaxnorm
 
 // The only symbols that leave the library: the build hides the others.
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxnormLaunchInstantiate, jaxnorm::Instantiate, jaxnorm::BindInstantiate());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxnormLaunchInitialize, jaxnorm::Initialize, jaxnorm::BindInitialize());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxnormLaunchExecute, jaxnorm::Execute, jaxnorm::BindExecute(),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxnormLaunchInstantiate, jaxnorm::kInstantiate, jaxnorm::BindInstantiate());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxnormLaunchInitialize, jaxnorm::kInitialize, jaxnorm::BindInitialize());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxnormLaunchExecute, jaxnorm::kExecute, jaxnorm::BindExecute(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
-extern "C" void* JaxnormLaunchTypeId() { return &jaxnorm::LaunchState::id; }
-extern "C" void* JaxnormLaunchTypeInfo() { return &jaxnorm::LaunchState::info; }
 extern "C" int JaxnormLaunchInterface() { return jaxnorm::kInterface; }
 extern "C" int JaxnormLaunchFfiMinor() { return XLA_FFI_API_MINOR; }
 #pragma GCC visibility pop

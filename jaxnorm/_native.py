@@ -7,6 +7,7 @@ registered whatever the machine has, so that lowering and export work anywhere.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import re
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 TARGET = "jaxnorm_launch"
 """Name of the FFI target in the program; ``export_checks`` needs it."""
 PLATFORMS = ("CUDA", "ROCM")
-_INTERFACE = 1  # kInterface of csrc/launcher.cc
+_INTERFACE = 2  # kInterface of csrc/launcher.cc
 _REBUILD = (
     "Install a C++17 compiler (g++ or clang++) and reinstall: `pip install --force-reinstall --no-deps --no-cache-dir jaxnorm`, "
     "or `pip install -e .` in a checkout."
@@ -108,8 +109,17 @@ def launch(
         shared=np.int64(code.shared),
         layout=layout,
         scalars=np.array(scalars, np.int64),
+        key=np.int64(_key(code)),
     )
     return list(results)
+
+
+def _key(code: CodeObject) -> int:
+    """Digest that stands for the function in the launcher's table, so that a launch need not read the image."""
+    digest = hashlib.sha256()
+    for part in (code.target.encode(), code.name.encode(), code.image):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 
 def _load() -> Status:
@@ -159,19 +169,9 @@ def register(library: ctypes.CDLL, platform: str) -> None:
     """Makes the library's handlers the FFI target :data:`TARGET` of an XLA platform; once per platform and process."""
     import jax
 
-    capsule = ctypes.pythonapi.PyCapsule_New
-    capsule.restype = ctypes.py_object
-    capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    library.JaxnormLaunchTypeId.restype = ctypes.c_void_p
-    library.JaxnormLaunchTypeInfo.restype = ctypes.c_void_p
-    state = {
-        "type_id": capsule(library.JaxnormLaunchTypeId(), None, None),
-        "type_info": capsule(library.JaxnormLaunchTypeInfo(), None, None),
-    }
     stages = {
         "instantiate": jax.ffi.pycapsule(library.JaxnormLaunchInstantiate),
         "initialize": jax.ffi.pycapsule(library.JaxnormLaunchInitialize),
         "execute": jax.ffi.pycapsule(library.JaxnormLaunchExecute),
     }
-    jax.ffi.register_ffi_type(f"{TARGET}_state", state, platform=platform)
     jax.ffi.register_ffi_target(TARGET, stages, platform=platform)

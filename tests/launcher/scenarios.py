@@ -13,6 +13,7 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jaxnorm import _native
 from jaxnorm._compile.code_object import CodeObject
 
@@ -42,7 +43,9 @@ class Fake:
         return np.array(out[:])
 
     def counts(self):
-        return dict(zip(("loads", "lookups", "raises", "launches"), (self._read("fake_counts", 4) - self.before).tolist()))
+        return dict(
+            zip(("loads", "lookups", "raises", "launches"), (self._read("fake_counts", 4) - self.before).tolist())
+        )
 
     def last(self):
         return self._read("fake_last", 8).tolist()
@@ -100,7 +103,9 @@ def parameters_in_order():
     values = [-5, -(3 << 32) - 7, int(np.float32(1e-6).view(np.uint32))]
     out = [jax.ShapeDtypeStruct((8,), jnp.int32)]
     x = jnp.array([41, 42], jnp.int32)
-    got = jax.jit(lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pnilfp", scalars=values, out_types=out)[0])(x)
+    got = jax.jit(lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pnilfp", scalars=values, out_types=out)[0])(
+        x
+    )
     wide = np.array([values[1]], np.int64).view(np.int32).tolist()
     assert got.tolist() == [41, 1, -5, *wide, values[2], 1, 1], got
 
@@ -190,8 +195,12 @@ def empty_grid_is_no_launch():
 def no_scalars_and_an_alias():
     fake, c = Fake(), code("nothing")
     out = [jax.ShapeDtypeStruct(X.shape, X.dtype)]
-    f = jax.jit(lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pp", scalars=[], out_types=out, aliases={0: 0})[0])
-    np.testing.assert_array_equal(f(X), X)  # The kernel does nothing: the result is the operand's buffer, or a copy of it.
+    f = jax.jit(
+        lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pp", scalars=[], out_types=out, aliases={0: 0})[0]
+    )
+    np.testing.assert_array_equal(
+        f(X), X
+    )  # The kernel does nothing: the result is the operand's buffer, or a copy of it.
     assert fake.counts()["launches"] == 1
 
 
@@ -214,7 +223,15 @@ def launch_error():
     c = code("fail", shared=64, threads=128)
     name = "hipErrorLaunchFailure (719)" if VENDOR == "hip" else "CUDA_ERROR_LAUNCH_FAILED (719)"
     text = error_of(lambda x: copy(c, x, grid=(3, 2, 1)), X)
-    expect(text, "kernel 'fail'", name, "unspecified launch failure", "grid (3, 2, 1)", "block 128", "shared memory 64 bytes")
+    expect(
+        text,
+        "kernel 'fail'",
+        name,
+        "unspecified launch failure",
+        "grid (3, 2, 1)",
+        "block 128",
+        "shared memory 64 bytes",
+    )
 
 
 @scenario()
@@ -236,7 +253,11 @@ def what_does_not_fit_together():
         ({"grid": (1, 1)}, ("grid: got 2 sizes",)),
     ):
         expect(error_of(lambda x, kw=kw: copy(c, x, **kw), X), "jaxnorm: kernel 'copy'", *parts)
-    for bad, part in ((code(threads=0), "threads: got 0"), (code(threads=1025), "threads: got 1025"), (code(shared=-1), "shared: got -1")):
+    for bad, part in (
+        (code(threads=0), "threads: got 0"),
+        (code(threads=1025), "threads: got 1025"),
+        (code(shared=-1), "shared: got -1"),
+    ):
         expect(error_of(lambda x, bad=bad: copy(bad, x), X), "kernel 'copy'", part)
     assert fake.counts()["launches"] == 0
 
@@ -248,7 +269,10 @@ def the_largest_grid():
     fake = Fake()
     jax.block_until_ready(copy(c, X, grid=(largest, 65535, 65535)))
     assert fake.last()[:3] == [largest, 65535, 65535]
-    expect(error_of(lambda x: copy(c, x, grid=(largest + 1, 1, 1)), X), f"grid[0]: got {largest + 1}, expected 0 to {largest}")
+    expect(
+        error_of(lambda x: copy(c, x, grid=(largest + 1, 1, 1)), X),
+        f"grid[0]: got {largest + 1}, expected 0 to {largest}",
+    )
 
 
 @scenario()
