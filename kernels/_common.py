@@ -4,9 +4,10 @@ A tile is one of two kinds, told apart by the constexpr ``CHUNKS``:
 
 * ``CHUNKS == 0``: one row, ``[BLOCK]``. All waves of the program share the row; the row index is a scalar, so that the row base
   stays in scalar registers.
-* ``CHUNKS > 0``: ``ROWS`` rows, ``[CHUNKS, ROWS, BLOCK]``, column ``chunk * BLOCK + lane offset``. ``BLOCK`` is what one wave
-  reads with one instruction per lane. Triton hands out lanes and waves from the last dim to the first, so the waves land on
-  ROWS, the chunks in registers, and the sum of a row never leaves its wave: no shared memory, no barrier.
+* ``CHUNKS > 0``: ``ROWS`` rows, ``[ROWS, CHUNKS, BLOCK]``, column ``chunk * BLOCK + lane offset``. ``BLOCK`` is what one wave
+  reads with one instruction per lane. Triton hands out lanes along the last dim, waves along the first and registers along the
+  rest, so the sum of a row never leaves its wave: no shared memory, no barrier. (The order is Triton's choice, and only speed
+  and the argument for equal bits of all rows of a tile hang on it: ``tests/test_triton_compile.py`` pins it.)
 """
 
 import triton
@@ -27,15 +28,15 @@ def tile_cols(CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC
     in sight could use, and that of the weight, always aligned, would have the rows of an odd N read with strides between lanes.
 
     Spread over ROWS on purpose: a load of the weight through these columns has the layout of the row loads, where one of shape
-    [CHUNKS, 1, BLOCK] would be shared out among the waves and then exchanged through shared memory."""
+    [1, CHUNKS, BLOCK] would be shared out among the waves and then exchanged through shared memory."""
     lane = tl.arange(0, BLOCK)
     if CHUNKS == 0:
         if VEC > 0:
             lane = tl.max_contiguous(lane, [VEC])
         return lane
     else:
-        cols = (tl.arange(0, CHUNKS) * BLOCK)[:, None, None] + lane[None, None, :]
-        cols = tl.broadcast_to(cols, (CHUNKS, ROWS, BLOCK))
+        cols = (tl.arange(0, CHUNKS) * BLOCK)[None, :, None] + lane[None, None, :]
+        cols = tl.broadcast_to(cols, (ROWS, CHUNKS, BLOCK))
         if VEC > 0:
             cols = tl.max_contiguous(cols, [1, 1, VEC])
         return cols
@@ -43,35 +44,65 @@ def tile_cols(CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC
 
 @triton.jit
 def tile_rows(first, CHUNKS: tl.constexpr, ROWS: tl.constexpr):
-    """64-bit index of the rows that start at ``first``: a scalar, or [1, ROWS, 1]."""
+    """64-bit index of the rows that start at ``first``: a scalar, or [ROWS, 1, 1]."""
     if CHUNKS == 0:
         return first.to(tl.int64)
     else:
-        return first.to(tl.int64) + tl.arange(0, ROWS)[None, :, None]
+        return first.to(tl.int64) + tl.arange(0, ROWS)[:, None, None]
 
 
 @triton.jit
-def row_sum(v, CHUNKS: tl.constexpr, ROWS: tl.constexpr):
+def row_sum(v, CHUNKS: tl.constexpr):
     """Sum over the columns of a tile, in the form of :func:`tile_rows`."""
     if CHUNKS == 0:
         return tl.sum(v, axis=0)
     else:
-        return tl.sum(tl.sum(v, axis=0), axis=1)[None, :, None]
+        return tl.sum(tl.sum(v, axis=1), axis=1)[:, None, None]
 
 
 @triton.jit
-def affine(weight_ptr, cols, mask, WEIGHT_OFFSET: tl.constexpr):
+def load(base, cols, mask, MASKED: tl.constexpr):
+    """``base[cols]``, zero where masked off. A mask known to be all true is left out: on AMD it would cost branches."""
+    if MASKED:
+        return tl.load(base + cols, mask=mask, other=0.0)
+    else:
+        return tl.load(base + cols)
+
+
+@triton.jit
+def load_first(base, cols, mask, MASKED: tl.constexpr):
+    """:func:`load` of what :func:`load_again` will read once more: keep it in the cache."""
+    if MASKED:
+        return tl.load(base + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+    else:
+        return tl.load(base + cols, eviction_policy="evict_last")
+
+
+@triton.jit
+def load_again(base, cols, mask, MASKED: tl.constexpr):
+    """:func:`load` of what nobody reads again."""
+    if MASKED:
+        return tl.load(base + cols, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        return tl.load(base + cols, eviction_policy="evict_first")
+
+
+@triton.jit
+def store(base, cols, v, mask, MASKED: tl.constexpr):
+    """The one rounding of a result: float32 to the dtype of the buffer, to nearest even."""
+    if MASKED:
+        tl.store(base + cols, v.to(base.dtype.element_ty), mask=mask)
+    else:
+        tl.store(base + cols, v.to(base.dtype.element_ty))
+
+
+@triton.jit
+def affine(weight_ptr, cols, mask, WEIGHT_OFFSET: tl.constexpr, MASKED: tl.constexpr):
     """``f32(weight) + WEIGHT_OFFSET`` at ``cols``; the offset alone where masked off."""
-    return tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + WEIGHT_OFFSET
+    return load(weight_ptr, cols, mask, MASKED).to(tl.float32) + WEIGHT_OFFSET
 
 
 @triton.jit
 def round_to(v, ptr):
     """float32 rounded to the dtype ``ptr`` points to, still float32."""
     return v.to(ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def store(ptr, offsets, v, mask):
-    """The one rounding of a result: float32 to the dtype of the buffer, to nearest even."""
-    tl.store(ptr + offsets, v.to(ptr.dtype.element_ty), mask=mask)

@@ -12,7 +12,7 @@ never dereferenced. Offsets are a 64-bit row base plus a 32-bit column.
 import triton
 import triton.language as tl
 
-from ._common import affine, program_index, round_to, row_sum, store, tile_cols, tile_rows
+from ._common import affine, load, load_again, load_first, program_index, round_to, row_sum, store, tile_cols, tile_rows
 
 
 @triton.jit
@@ -65,28 +65,31 @@ def rmsnorm_fwd(
         return
     row = tile_rows(first, CHUNKS, ROWS)
     cols = tile_cols(CHUNKS, ROWS, BLOCK, VEC)
+    WIDTH: tl.constexpr = BLOCK * (CHUNKS if CHUNKS > 0 else 1)
+    MASK_X: tl.constexpr = CHUNKS > 0 or N < WIDTH
+    MASK_Y: tl.constexpr = CHUNKS > 0 or P < WIDTH
     live = cols < N
     inside = live
     padded = cols < P
     if CHUNKS > 0:
         inside = live & (row < M)
         padded = padded & (row < M)
-    x = tl.load(x_ptr + row * N + cols, mask=inside, other=0.0)
+    x = load(x_ptr + row * N, cols, inside, MASK_X)
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * N + cols, mask=inside, other=0.0)
+        residual = load(residual_ptr + row * N, cols, inside, MASK_X)
     w = 1.0
     if HAS_WEIGHT:  # asked for before the sum, so that its latency hides behind the row's
-        w = affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+        w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, N < WIDTH)
     if HAS_RESIDUAL:
         n, s = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
-        store(residual_out_ptr, row * N + cols, s, inside)
+        store(residual_out_ptr + row * N, cols, s, inside, MASK_X)
     else:
         n = x.to(tl.float32)
-    rstd = tl.rsqrt(row_sum(n * n, CHUNKS, ROWS) / N + EPS)
+    rstd = tl.rsqrt(row_sum(n * n, CHUNKS) / N + EPS)
     y = _scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
     if P > N:  # 0 * rstd is not +0 when rstd is NaN or the weight negative
         y = tl.where(live, y, 0.0)
-    store(y_ptr, row * P + cols, y, padded)
+    store(y_ptr + row * P, cols, y, padded, MASK_Y)
     if HAS_RSTD:
         if CHUNKS > 0:
             tl.store(rstd_ptr + row, rstd, mask=row < M)
@@ -123,13 +126,14 @@ def rmsnorm_fwd_long(
     if row >= M:
         return
     lane = tile_cols(0, 1, BLOCK, VEC)
+    MASK_X: tl.constexpr = N % BLOCK != 0
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         cols = start + lane
         live = cols < N
-        x = tl.load(x_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_last")
+        x = load_first(x_ptr + row * N, cols, live, MASK_X)
         if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_last")
+            residual = load_first(residual_ptr + row * N, cols, live, MASK_X)
             n, _ = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
         else:
             n = x.to(tl.float32)
@@ -140,33 +144,46 @@ def rmsnorm_fwd_long(
     for start in tl.range(0, P, BLOCK, num_stages=STAGES):
         cols = start + lane
         live = cols < N
-        x = tl.load(x_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_first")
+        MASK_PAD: tl.constexpr = MASK_X or P > N
+        x = load_again(x_ptr + row * N, cols, live, MASK_PAD)
         if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_first")
+            residual = load_again(residual_ptr + row * N, cols, live, MASK_PAD)
             n, s = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
-            store(residual_out_ptr, row * N + cols, s, live)
+            store(residual_out_ptr + row * N, cols, s, live, MASK_PAD)
         else:
             n = x.to(tl.float32)
         w = 1.0
         if HAS_WEIGHT:
-            w = affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+            w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASK_PAD)
         y = _scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
         if P > N:
             y = tl.where(live, y, 0.0)
-        store(y_ptr, row * P + cols, y, cols < P)
+        store(y_ptr + row * P, cols, y, cols < P, P % BLOCK != 0)
 
 
 @triton.jit
 def _load_tile(
-    n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, row, cols, inside, valid, N: tl.constexpr, P: tl.constexpr, HAS: tl.constexpr
+    n_ptr,
+    dy_ptr,
+    dresidual_out_ptr,
+    rstd_ptr,
+    row,
+    cols,
+    inside,
+    valid,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    HAS_DRESIDUAL_OUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
 ):
     """(n, dy, dresidual_out, rstd) of a tile, in the dtypes of the buffers; zeros where masked off."""
-    n = tl.load(n_ptr + row * N + cols, mask=inside, other=0.0)
-    dy = tl.load(dy_ptr + row * P + cols, mask=inside, other=0.0)
+    n = load(n_ptr + row * N, cols, inside, MASKED)
+    dy = load(dy_ptr + row * P, cols, inside, MASKED)
     extra = n
-    if HAS:
-        extra = tl.load(dresidual_out_ptr + row * N + cols, mask=inside, other=0.0)
-    rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)
+    if HAS_DRESIDUAL_OUT:
+        extra = load(dresidual_out_ptr + row * N, cols, inside, MASKED)
+    rstd = load(rstd_ptr, row, valid, MASK_ROWS)
     return n, dy, extra, rstd
 
 
@@ -202,54 +219,55 @@ def rmsnorm_bwd(
     PREFETCH asks for the next tile before the sums of this one, where the compiler's own pipeline (STAGES) does not."""
     pid = tl.program_id(0)
     cols = tile_cols(CHUNKS, ROWS, BLOCK, VEC)
+    WIDTH: tl.constexpr = BLOCK * (CHUNKS if CHUNKS > 0 else 1)
+    MASKED: tl.constexpr = CHUNKS > 0 or N < WIDTH
     live = cols < N
     w = 1.0
     if HAS_WEIGHT:
-        w = affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+        w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, N < WIDTH)
     sums = tl.zeros_like(cols).to(tl.float32)
-    tiles = (M + ROWS - 1) // ROWS
-    mine = (tiles - pid + PROGRAMS - 1) // PROGRAMS
+    mine = ((M + ROWS - 1) // ROWS - pid + PROGRAMS - 1) // PROGRAMS
     step = tl.cast(PROGRAMS, tl.int64) * ROWS
     row = tile_rows(pid * ROWS, CHUNKS, ROWS)
+    ptrs = (n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr)
     if PREFETCH:
         n, dy, extra, rstd = _load_tile(
-            n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, row, cols, live & (row < M), row < M, N, P, HAS_DRESIDUAL_OUT
+            *ptrs, row, cols, live & (row < M), row < M, N, P, HAS_DRESIDUAL_OUT, True, True
         )
     for _ in tl.range(0, mine, num_stages=STAGES):
         inside = live
         if CHUNKS > 0:
             inside = live & (row < M)
+        later = row + step
         if PREFETCH:
-            later = row + step
-            n_later, dy_later, extra_later, rstd_later = _load_tile(
-                n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, later, cols, live & (later < M), later < M, N, P, HAS_DRESIDUAL_OUT
-            )
+            after = _load_tile(*ptrs, later, cols, live & (later < M), later < M, N, P, HAS_DRESIDUAL_OUT, True, True)
         else:
             n, dy, extra, rstd = _load_tile(
-                n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr, row, cols, inside, row < M, N, P, HAS_DRESIDUAL_OUT
+                *ptrs, row, cols, inside, row < M, N, P, HAS_DRESIDUAL_OUT, MASKED, CHUNKS > 0
             )
         xh = n.to(tl.float32) * rstd
         g = dy.to(tl.float32)
         gw = g
         if HAS_WEIGHT:
             gw = g * w
-        ds = rstd * (gw - xh * (row_sum(gw * xh, CHUNKS, ROWS) / N))
+        ds = rstd * (gw - xh * (row_sum(gw * xh, CHUNKS) / N))
         if HAS_DRESIDUAL_OUT:
             ds += extra.to(tl.float32)
-        store(dx_ptr, row * N + cols, ds, inside)
+        store(dx_ptr + row * N, cols, ds, inside, MASKED)
         if HAS_DRESIDUAL:
-            store(dresidual_ptr, row * N + cols, ds, inside)
+            store(dresidual_ptr + row * N, cols, ds, inside, MASKED)
         if HAS_DWEIGHT:
             sums += g * xh
-        row += step
+        row = later
         if PREFETCH:
-            n, dy, extra, rstd = n_later, dy_later, extra_later, rstd_later
+            n, dy, extra, rstd = after
     if HAS_DWEIGHT:
+        share = partial_ptr + pid.to(tl.int64) * N
         if CHUNKS > 0:
             flat = (tl.arange(0, CHUNKS) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-            tl.store(partial_ptr + pid.to(tl.int64) * N + flat, tl.sum(sums, axis=1), mask=flat < N)
+            store(share, flat, tl.sum(sums, axis=0), flat < N, N < WIDTH)
         else:
-            tl.store(partial_ptr + pid.to(tl.int64) * N + cols, sums, mask=live)
+            store(share, cols, sums, live, N < WIDTH)
 
 
 @triton.jit
@@ -279,30 +297,31 @@ def rmsnorm_bwd_long(
     if row >= M:
         return
     lane = tile_cols(0, 1, BLOCK, VEC)
+    MASKED: tl.constexpr = N % BLOCK != 0
     rstd = tl.load(rstd_ptr + row)
     products = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         cols = start + lane
         live = cols < N
-        xh = tl.load(n_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_last").to(tl.float32) * rstd
-        gw = tl.load(dy_ptr + row * P + cols, mask=live, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        xh = load_first(n_ptr + row * N, cols, live, MASKED).to(tl.float32) * rstd
+        gw = load_first(dy_ptr + row * P, cols, live, MASKED).to(tl.float32)
         if HAS_WEIGHT:
-            gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+            gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASKED)
         products += gw * xh
     mean = tl.sum(products, axis=0) / N
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         cols = start + lane
         live = cols < N
-        xh = tl.load(n_ptr + row * N + cols, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32) * rstd
-        gw = tl.load(dy_ptr + row * P + cols, mask=live, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        xh = load_again(n_ptr + row * N, cols, live, MASKED).to(tl.float32) * rstd
+        gw = load_again(dy_ptr + row * P, cols, live, MASKED).to(tl.float32)
         if HAS_WEIGHT:
-            gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET)
+            gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASKED)
         ds = rstd * (gw - xh * mean)
         if HAS_DRESIDUAL_OUT:
-            ds += tl.load(dresidual_out_ptr + row * N + cols, mask=live, other=0.0).to(tl.float32)
-        store(dx_ptr, row * N + cols, ds, live)
+            ds += load(dresidual_out_ptr + row * N, cols, live, MASKED).to(tl.float32)
+        store(dx_ptr + row * N, cols, ds, live, MASKED)
         if HAS_DRESIDUAL:
-            store(dresidual_ptr, row * N + cols, ds, live)
+            store(dresidual_ptr + row * N, cols, ds, live, MASKED)
 
 
 @triton.jit
@@ -322,15 +341,16 @@ def rmsnorm_bwd_columns(
     """dweight over the rows p, p + PROGRAMS, ... for BLOCK columns: p is the second grid index, the column block the first."""
     pid = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK + tile_cols(0, 1, BLOCK, VEC)
+    MASKED: tl.constexpr = N % BLOCK != 0
     live = cols < N
     sums = tl.zeros((BLOCK,), tl.float32)
     row = pid.to(tl.int64)
     for _ in tl.range(0, (M - pid + PROGRAMS - 1) // PROGRAMS, num_stages=STAGES):
-        n = tl.load(n_ptr + row * N + cols, mask=live, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * P + cols, mask=live, other=0.0).to(tl.float32)
+        n = load(n_ptr + row * N, cols, live, MASKED).to(tl.float32)
+        dy = load(dy_ptr + row * P, cols, live, MASKED).to(tl.float32)
         sums += dy * (n * tl.load(rstd_ptr + row))
         row += PROGRAMS
-    tl.store(partial_ptr + pid.to(tl.int64) * N + cols, sums, mask=live)
+    store(partial_ptr + pid.to(tl.int64) * N, cols, sums, live, MASKED)
 
 
 @triton.jit
