@@ -85,12 +85,12 @@ demo: $(PACKAGE) ## Gemma 3 270M, real weights, generating text with jaxnorm's n
 lint: $(PACKAGE) $(TOOLS) ## ruff, pyright, clang-format
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@$(PY) -m pyright --pythonpath $(PY)
-	@git ls-files '*.cc' '*.h' '*.hip' | xargs -r $(PY) -m clang_format --dry-run --Werror
+	@git ls-files '*.cc' '*.h' '*.hip' | xargs -r $(dir $(PY))clang-format --dry-run --Werror
 
 .PHONY: format
 format: $(PACKAGE) $(TOOLS) ## let ruff and clang-format rewrite the sources
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
-	@git ls-files '*.cc' '*.h' '*.hip' | xargs -r $(PY) -m clang_format -i
+	@git ls-files '*.cc' '*.h' '*.hip' | xargs -r $(dir $(PY))clang-format -i
 
 .PHONY: clean
 clean: ## remove environments, caches and built files

@@ -17,6 +17,7 @@ import jax
 import pytest
 
 import jaxnorm
+from jaxnorm import _stage
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -108,6 +109,15 @@ def test_doctor_prints_what_the_readme_shows():
 def test_readme_table_is_the_registry():
     done = subprocess.run([sys.executable, "tools/make_readme_table.py", "--check"], cwd=ROOT, check=False)
     assert done.returncode == 0, "run python tools/make_readme_table.py"
+
+
+def test_the_registry_holds_the_public_operators():
+    takes_backend = {n for n in jaxnorm.__all__ if "backend" in _names(getattr(jaxnorm, n))}
+    assert {name: op.function for name, op in _stage.OPS.items()} == {n: getattr(jaxnorm, n) for n in takes_backend}
+
+
+def _names(value: object) -> list[str]:
+    return list(inspect.signature(value).parameters) if inspect.isfunction(value) else []
 
 
 def test_commands_exist():

@@ -1,4 +1,4 @@
-"""Writes the operator x backend table of README.md from the registry of stages: ``python tools/make_readme_table.py``.
+"""Writes the operator x backend table of README.md from the registry of operators: ``python tools/make_readme_table.py``.
 
 ``--check`` writes nothing and exits with 1 where the table is out of date.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import sys
 from pathlib import Path
 
@@ -21,35 +20,26 @@ BEGIN, END = "<!-- operators: tools/make_readme_table.py -->", "<!-- end of oper
 BACKENDS = ("xla", "triton", "hip")
 
 
-def operators() -> dict[str, list[_stage.StageDef]]:
-    """The public functions that take a backend, each with the stages of its family."""
-    found = {}
-    for name in jaxnorm.__all__:
-        value = getattr(jaxnorm, name)
-        if inspect.isfunction(value) and "backend" in inspect.signature(value).parameters:
-            found[name] = [s for s in _stage.STAGES.values() if s.reference.__module__ == value.__module__]
-    return found
-
-
-def _serves(stage: _stage.StageDef, backend: str) -> bool:
-    if backend == "xla":
-        return True
-    module = stage.plans.get(backend)
-    return module is not None and callable(importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan)
-
-
-def _cell(stages: list[_stage.StageDef], backend: str) -> str:
-    directions = {"forward": "_fwd", "backward": "_bwd"}
-    have = [
-        text for text, end in directions.items() if any(s.name.endswith(end) and _serves(s, backend) for s in stages)
-    ]
+def _cell(op: _stage.OpDef, backend: str) -> str:
+    """The directions that the backend has, each with a module of launch plans that imports."""
+    have = []
+    for direction, stage in (("forward", op.forward), ("backward", op.backward)):
+        if stage is None:
+            continue
+        module = stage.plans.get(backend)
+        if module is not None and not callable(importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan):
+            raise TypeError(f"jaxnorm.kernels.configs.{module}.plan is not a function")
+        if backend == "xla" or module is not None:
+            have.append(direction)
     return ", ".join(have) or "-"
 
 
 def table() -> str:
+    """A row for each operator of the registry."""
+    for name in jaxnorm.__all__:
+        getattr(jaxnorm, name)  # importing a family registers its operators
     rows = ["| operator | " + " | ".join(f"`{b}`" for b in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
-    for name, stages in sorted(operators().items()):
-        rows.append(f"| `{name}` | " + " | ".join(_cell(stages, b) for b in BACKENDS) + " |")
+    rows += [f"| `{op.name}` | " + " | ".join(_cell(op, b) for b in BACKENDS) + " |" for op in _stage.OPS.values()]
     return "\n".join(rows)
 
 
