@@ -24,7 +24,7 @@ TOOLS :=
 else
 PY := $(VENV)/bin/python
 PACKAGE := $(VENV)/.package
-TOOLS := $(VENV)/.tools $(VENV)/.clang
+TOOLS := $(VENV)/.tools
 endif
 
 comma := ,
@@ -33,8 +33,9 @@ PIP := $(PY) -m pip install -q
 PYTEST := $(PY) -m pytest -q
 # Two processes: the suite is made for two cores, and each process holds eight CPU devices.
 WORKERS ?= 2
+OUT ?= benchmarks/results
 # What make test installs and therefore must not skip.
-REQUIRE := triton,launcher,nvrtc,clang,devices=8
+REQUIRE := triton,hip,nvrtc,launcher,ruff,pyright,clang_format,devices=8
 
 .PHONY: help
 help: ## this list
@@ -55,11 +56,6 @@ $(VENV)/.tools: tests/requirements.txt $(VENV)/.package
 	@$(PIP) -r tests/requirements.txt
 	@touch $@
 
-$(VENV)/.clang: tools/rocm_clang.py $(VENV)/.tools
-	@echo "== putting together clang for the AMD targets"
-	@$(PY) tools/rocm_clang.py
-	@touch $@
-
 .PHONY: venv
 venv: $(PACKAGE) $(TOOLS) ## the environment with everything the tests need
 
@@ -76,6 +72,10 @@ test-all: $(PACKAGE) $(TOOLS) ## also the full matrices, every target and the mu
 .PHONY: test-gpu
 test-gpu: $(PACKAGE) ## the kernels on this machine's GPU (GPU=cuda or GPU=rocm, or PY=...)
 	@JAXNORM_TEST_PLATFORM=gpu JAXNORM_REQUIRE=gpu,triton,hip,launcher $(PYTEST) tests/gpu -m "gpu or multigpu" $(ARGS)
+
+.PHONY: bench
+bench: $(PACKAGE) ## measure on this machine's GPU, at most 8 minutes at a time; again to go on (OUT=folder)
+	@$(PY) -m benchmarks.run --out $(OUT) $(ARGS)
 
 .PHONY: demo
 demo: $(PACKAGE) ## Gemma 3 270M, real weights, generating text with jaxnorm's norms

@@ -184,6 +184,7 @@ def _compilers() -> dict[str, str | None]:
         "nvrtc": _library("nvrtc", [*wheels, *cuda]),
         "hiprtc": _library("hiprtc", [f"{rocm}/lib/libhiprtc.so.*", f"{rocm}/lib/libhiprtc.so"]),
         "hipcc": shutil.which("hipcc") or shutil.which(f"{rocm}/bin/hipcc"),
+        "clang": os.environ.get("JAXNORM_HIP_CLANG"),
         "c++": shutil.which(os.environ.get("CXX") or "c++"),
     }
 

@@ -52,7 +52,7 @@ def test_everything_is_reported():
     assert set(r["backends"]) == {"xla", "triton", "hip"}
     assert r["backends"]["xla"]["usable"]
     assert all(b["usable"] or (b["reason"] and b["remedy"]) for b in r["backends"].values())
-    assert set(r["compilers"]) == {"nvrtc", "hiprtc", "hipcc", "c++"}
+    assert set(r["compilers"]) == {"nvrtc", "hiprtc", "hipcc", "clang", "c++"}
     assert r["environment"]["JAX_PLATFORMS"] == "cpu"
 
 
