@@ -29,7 +29,7 @@ endif
 
 comma := ,
 EXTRAS := demo,test$(if $(GPU),$(comma)$(GPU))
-PIP := $(PY) -m pip install -q
+PIP := $(PY) -m pip install -qq
 PYTEST := $(PY) -m pytest -q
 # Two processes: the suite is made for two cores, and each process holds eight CPU devices.
 WORKERS ?= 2
