@@ -3,13 +3,20 @@
 One call works under jit, grad, vmap, scan, pmap, shard_map and NamedSharding. ``python -m jaxnorm doctor`` tells what runs here.
 """
 
-from ._api.rmsnorm import add_rmsnorm, rmsnorm
-from ._compile.target import use_target
-from ._dispatch import BackendInfo, backends, use_backend
-from ._explain import Choice, explain
-from ._export import export_checks
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from ._api.rmsnorm import add_rmsnorm, rmsnorm
+    from ._compile.target import use_target
+    from ._dispatch import BackendInfo, backends, use_backend
+    from ._explain import Choice, explain
+    from ._export import export_checks
+    from .errors import UnsupportedError
 
 __all__ = [
     "BackendInfo",
@@ -24,3 +31,29 @@ __all__ = [
     "use_backend",
     "use_target",
 ]
+
+# Loaded at first use: importing jaxnorm costs next to nothing, and `python -m jaxnorm doctor` works when jax does not.
+_HOME = {
+    "BackendInfo": "_dispatch",
+    "Choice": "_explain",
+    "UnsupportedError": "errors",
+    "add_rmsnorm": "_api.rmsnorm",
+    "backends": "_dispatch",
+    "explain": "_explain",
+    "export_checks": "_export",
+    "rmsnorm": "_api.rmsnorm",
+    "use_backend": "_dispatch",
+    "use_target": "_compile.target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

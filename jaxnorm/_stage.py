@@ -27,12 +27,28 @@ class StageDef:
     """Kernel backend -> module in ``jaxnorm.kernels.configs`` whose ``plan(problem)`` gives the launches."""
 
 
+@dataclass(frozen=True)
+class OpDef:
+    """A public operator: what tests, benchmarks, doctor and the table in the README read."""
+
+    name: str
+    function: Callable[..., Any]
+    forward: StageDef
+    backward: StageDef | None = None
+
+
 STAGES: dict[str, StageDef] = {}
+OPS: dict[str, OpDef] = {}
 
 
 def register_stage(stage: StageDef) -> StageDef:
     STAGES[stage.name] = stage
     return stage
+
+
+def register_op(op: OpDef) -> OpDef:
+    OPS[op.name] = op
+    return op
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from .. import _compat, _dispatch, _op, _sharding
 from .._compile import target
 from .._ref import rmsnorm as ref
-from .._stage import Arrays, StageCall, StageDef, register_stage
+from .._stage import Arrays, OpDef, StageCall, StageDef, register_op, register_stage
 from ..errors import value_error
 from . import _checks as check
 
@@ -53,13 +53,23 @@ class _Config:
     backend_source: str
     targets: tuple[tuple[str, str], ...]
 
-    def call(self, stage: StageDef, arrays: Arrays, dims: dict[str, str], results: list[tuple[str, str, str]], n: int, **options: Any) -> StageCall:
+    def call(
+        self,
+        stage: StageDef,
+        arrays: Arrays,
+        dims: dict[str, str],
+        results: list[tuple[str, str, str]],
+        n: int,
+        **options: Any,
+    ) -> StageCall:
         sizes = [("n", n)] + ([("p", self.width)] if self.width != n else [])
         return StageCall(stage.name, self.op, tuple((k, dims[k]) for k in arrays), tuple(results), tuple(sizes), tuple(options.items()),
                          self.backend, self.backend_source, self.targets)  # fmt: skip
 
 
-def _forward(config: _Config, x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, save_rstd: bool) -> Arrays:
+def _forward(
+    config: _Config, x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, save_rstd: bool
+) -> Arrays:
     arrays = {k: v for k, v in (("x", x), ("residual", residual), ("weight", weight)) if v is not None}
     n = x.shape[-1]
     results = [("y", "... n" if config.width == n else "... p", config.out_dtype)]
@@ -88,7 +98,13 @@ def _backward(config: _Config, saved: Any, cotangents: Any) -> tuple[Any, Any, A
         results.append(("dresidual", "... n", config.residual_dtype))
     if weight is not None:
         results.append(("dweight", "n", "float32"))
-    dims = {"n": "... n", "weight": "n", "rstd": "...", "dy": "... n" if config.width == width else "... p", "dresidual_out": "... n"}
+    dims = {
+        "n": "... n",
+        "weight": "n",
+        "rstd": "...",
+        "dy": "... n" if config.width == width else "... p",
+        "dresidual_out": "... n",
+    }
     call = config.call(BACKWARD, arrays, dims, results, width, weight_offset=config.weight_offset)
     out = _op.run(call, tuple(arrays.values()))
     dresidual = out.get("dresidual", out["dx"]) if config.residual_dtype else None
@@ -143,7 +159,9 @@ def _call(
     weight = check.vector(op, "weight", weight, x.shape[-1])
     offset = check.number(op, "weight_offset", weight_offset)
     if weight is None and offset != 0.0:
-        raise value_error(op, "weight_offset", offset, "0.0 when weight is None", "Pass a weight, or leave weight_offset out.")
+        raise value_error(
+            op, "weight_offset", offset, "0.0 when weight is None", "Pass a weight, or leave weight_offset out."
+        )
     name, source = _dispatch.requested(op, backend)
     config = _Config(
         op, x.dtype.name, residual.dtype.name if has_residual else None, check.eps(op, eps), offset, check.choice(op, "cast", cast, ("output", "before_weight")),
@@ -219,3 +237,7 @@ def add_rmsnorm(
     """
     return _call("add_rmsnorm", x, residual, weight, has_residual=True, eps=eps, weight_offset=weight_offset, cast=cast,
                  residual_rounding=residual_rounding, out_dtype=out_dtype, pad_to_multiple=pad_to_multiple, backend=backend)  # fmt: skip
+
+
+register_op(OpDef("rmsnorm", rmsnorm, FORWARD, BACKWARD))
+register_op(OpDef("add_rmsnorm", add_rmsnorm, FORWARD, BACKWARD))

@@ -1,0 +1,458 @@
+"""Launches of the RMSNorm stages through ``csrc/kernels/rmsnorm.hip``: how many threads share a row and where the row waits.
+
+The kernels add a row up in one order that depends on its chunks and the wave alone (``csrc/include/jaxnorm/reduce.h``), so every
+plan here gives the same bits and the plan may look at M. Reasons marked *H200* were measured there; those for AMD targets
+follow from registers, LDS and lanes (compiled and inspected, not run on AMD silicon).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
+
+GRID_X = 1 << 21  # gpu.h:kGridX; AMD wants blocks * threads < 2^32 in each dimension, and a block has at most 1024 threads
+MAX_FEATURES = 1 << 24  # columns are 32-bit and 1/N is a float32
+MAX_THREADS = 1024
+TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SOURCE = "rmsnorm.hip"
+
+Constants = tuple[tuple[str, object], ...]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How rows are spread: ``lanes`` threads to a row, ``groups * unroll`` rows to a block."""
+
+    lanes: int
+    groups: int = 1
+    unroll: int = 1
+    regs: int = 1
+    """Chunks of a thread that wait in registers, ..."""
+    shared: int = 0
+    """... in shared memory; the rest of the row is read again."""
+    min_blocks: int = 1
+    early: bool = False
+    """Fetch the weights together with the row."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """``blocks`` of ``groups`` rows of ``lanes`` threads each walk the rows; ``depth`` rows are on their way meanwhile."""
+
+    lanes: int
+    groups: int
+    blocks: int
+    depth: int
+    shared_pipe: bool
+    hold_weight: bool
+    min_blocks: int = 1
+    tile: int = 0
+    """Chunks of a column tile, for rows too long for one block; 0 = the row is whole."""
+
+
+def plan(problem: Problem) -> tuple[Launch, ...]:
+    """The launches that compute ``problem``.
+
+    Raises:
+      Unsupported: another stage, no rows, another dtype, or more features than the kernels count.
+    """
+    _check(problem)
+    if problem.stage == "rmsnorm_fwd":
+        return (_forward_launch(problem, _forward(problem)),)
+    return _backward_launches(problem, _backward(problem))
+
+
+def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
+    """Other tunings of the same computation, the plan first, for a benchmark to sweep. All of them give the same y and dx."""
+    _check(problem)
+    if problem.stage == "rmsnorm_fwd":
+        forwards = dict.fromkeys([_forward(problem), *_forward_candidates(problem)])
+        return [(_forward_launch(problem, c),) for c in forwards]
+    backwards = dict.fromkeys([_backward(problem), *_backward_candidates(problem)])
+    return [_backward_launches(problem, c) for c in backwards]
+
+
+# ---- what both directions share
+
+
+def _check(problem: Problem) -> None:
+    if problem.stage not in ("rmsnorm_fwd", "rmsnorm_bwd"):
+        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
+    if problem.rows < 1:
+        raise Unsupported("there are no rows to launch a kernel for.")
+    if problem.features > MAX_FEATURES:
+        raise Unsupported(f"N={problem.features} is beyond the {MAX_FEATURES} features that the kernels count.")
+    for name, dtype in problem.dtypes:
+        if dtype not in TYPES:
+            raise Unsupported(f"{name} is {dtype}; the kernels read and write {', '.join(TYPES)}.")
+
+
+def _nvidia(problem: Problem) -> bool:
+    return problem.target.startswith("sm_")
+
+
+def _type(problem: Problem, name: str) -> str:
+    return TYPES[problem.dtype(name)] if problem.has(name) else "None"
+
+
+def _itemsize(problem: Problem, name: str) -> int:
+    return ITEMSIZE[problem.dtype(name)] if problem.has(name) else 0
+
+
+def _width(problem: Problem, padded: str) -> int:
+    return problem.shape(padded)[-1]
+
+
+def vector(problem: Problem) -> int:
+    """Elements of a chunk: 16 bytes of the narrowest buffer, less if some row would then start off a chunk boundary."""
+    padded = "y" if problem.stage == "rmsnorm_fwd" else "dy"
+    v = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name not in ("rstd", "dweight"))
+    while problem.features % v or _width(problem, padded) % v:
+        v //= 2
+    return v
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, b: int) -> int:
+    return _ceil(a, b) * b
+
+
+def _grid(blocks: int) -> tuple[int, int, int]:
+    return (min(blocks, GRID_X), _ceil(blocks, GRID_X), 1)
+
+
+def _sum_bytes(chunks: int, lanes: int, wave: int) -> int:
+    """RowSum::bytes"""
+    return 0 if lanes <= wave else _ceil(_ceil(chunks, lanes) * (lanes // wave), 4) * 16
+
+
+# ---- forward
+
+
+def _held_words(problem: Problem, v: int) -> int:
+    """Registers of a chunk that waits: the raw bits, or the float32 sum with a residual if that is more."""
+    raw = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+    exact = 4 * v if problem.has("residual") else 0
+    return max(raw, exact) // 4 or 1
+
+
+def _forward(problem: Problem) -> Forward:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, words = problem.features // v, _held_words(problem, v)
+    if chunks <= wave:
+        # Several short rows to a wave. Four rows in flight per thread give 64 bytes a thread for bf16 (two with a residual, the
+        # same bytes); with few rows that would only leave compute units idle.
+        lanes = next_power_of_2(chunks)
+        unroll = max(1, min(4, 16 // words))
+        while unroll > 1 and problem.rows * lanes < unroll * compute_units(problem.target) * 1024:
+            unroll //= 2
+        groups = max(1, 128 // lanes)
+        return Forward(lanes, groups, 1 if unroll == 3 else unroll, regs=1, early=True)
+    lanes = _row_lanes(problem, chunks, words, wave)
+    if lanes <= wave:
+        return Forward(wave, groups=128 // wave, regs=_ceil(chunks, wave), early=_ceil(chunks, wave) <= 2)
+    return _with_storage(problem, Forward(lanes))
+
+
+def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
+    """Threads of a row longer than a wave's worth of chunks.
+
+    16 registers of row a thread for plenty of rows: 64 bytes in flight each, with 1024 to 1536 threads resident on a compute unit,
+    is more than the 40 KB a unit needs to cover the latency of memory. With few rows there are units to spare: then as many
+    threads as there are chunks, which is fewer instructions one after the other.
+    """
+    each = max(1, 16 // words)
+    lanes = min(MAX_THREADS, _round_up(_ceil(chunks, each), wave))
+    if lanes <= wave:
+        lanes = wave
+    room = compute_units(problem.target) * 1024
+    while lanes < min(MAX_THREADS, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
+        lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
+    return lanes
+
+
+def _with_storage(problem: Problem, c: Forward) -> Forward:
+    """Fills in where the chunks of a multi-wave row wait."""
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, words = problem.features // v, _held_words(problem, v)
+    per = _ceil(chunks, c.lanes)
+    # Registers for the row: 1024 threads leave 64 registers a thread on NVIDIA and 128 on AMD; half of them can be row.
+    regs = min(per, max(1, (32 if _nvidia(problem) else 64) // words))
+    chunk_bytes = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+    free = shared_memory(problem.target) - _sum_bytes(chunks, c.lanes, wave)
+    shared = min(per - regs, max(0, free // (chunk_bytes * c.lanes)))
+    if v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4 and _nvidia(problem):
+        shared = 0  # 2-byte pieces cannot be copied asynchronously
+    weight_words = regs * v * _itemsize(problem, "weight") // 4
+    return replace(c, regs=regs, shared=shared, early=weight_words <= 8)
+
+
+def _forward_candidates(problem: Problem) -> Iterator[Forward]:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, words = problem.features // v, _held_words(problem, v)
+    if chunks <= wave:
+        lanes = next_power_of_2(chunks)
+        while lanes >= 4:
+            per = _ceil(chunks, lanes)
+            for threads in (64, 128, 256):
+                for unroll in (1, 2, 4):
+                    if threads >= lanes and per * unroll * words <= 32 and next_power_of_2(per) * lanes >= chunks:
+                        yield Forward(lanes, threads // lanes, unroll, regs=per, early=True)
+            lanes //= 2
+        return
+    for lanes in (wave, *(t for t in range(2 * wave, MAX_THREADS + 1, wave))):
+        per = _ceil(chunks, lanes)
+        if per > 1 and _ceil(chunks, lanes - wave or 1) == per and lanes > wave:
+            continue  # the same chunks a thread with fewer threads
+        if lanes == wave:
+            if per * words <= 64 and per <= wave:
+                for groups in (1, 2, 4, 8):
+                    for early in (False, True):
+                        yield Forward(wave, groups, regs=per, early=early)
+            continue
+        base = _with_storage(problem, Forward(lanes))
+        if lanes * base.regs * words < 2048 and lanes < MAX_THREADS and chunks > lanes * base.regs:
+            continue
+        for early in (False, True):
+            yield replace(base, early=early)
+        if lanes >= 512 and base.regs * words > 16:
+            yield replace(base, min_blocks=2048 // lanes if base.regs * words <= 16 else max(1, 1024 // lanes))
+        if base.shared == 0 and base.regs * words >= 32:
+            half = replace(base, regs=base.regs // 2)
+            yield _spill(problem, half, lanes)
+
+
+def _spill(problem: Problem, c: Forward, lanes: int) -> Forward:
+    """The same with what no longer fits in registers moved to shared memory."""
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks = problem.features // v
+    chunk_bytes = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+    free = shared_memory(problem.target) - _sum_bytes(chunks, lanes, wave)
+    return replace(c, shared=min(_ceil(chunks, lanes) - c.regs, free // (chunk_bytes * lanes)))
+
+
+def _forward_launch(problem: Problem, c: Forward) -> Launch:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks = problem.features // v
+    chunk_bytes = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+    residual = problem.has("residual")
+    constants: Constants = (
+        ("JN_N", problem.features),
+        ("JN_P", _width(problem, "y")),
+        ("JN_V", v),
+        ("JN_LANES", c.lanes),
+        ("JN_GROUPS", c.groups),
+        ("JN_UNROLL", c.unroll),
+        ("JN_REGS", c.regs),
+        ("JN_SHARED", c.shared),
+        ("JN_MIN_BLOCKS", c.min_blocks),
+        ("JN_EARLY", c.early),
+        ("JN_X", _type(problem, "x")),
+        ("JN_RESIDUAL", _type(problem, "residual")),
+        ("JN_WEIGHT", _type(problem, "weight")),
+        ("JN_Y", _type(problem, "y")),
+        ("JN_HAS_RESIDUAL", residual),
+        ("JN_HAS_RSTD", problem.has("rstd")),
+        ("JN_EPS", float(problem.option("eps"))),
+        ("JN_OFFSET", float(problem.option("weight_offset"))),
+        ("JN_BEFORE_WEIGHT", problem.option("cast") == "before_weight"),
+        ("JN_ROUND_RESIDUAL", residual and problem.option("residual_rounding") == "input"),
+    )
+    return Launch(
+        kernel=f"{SOURCE}:rmsnorm_fwd",
+        inputs=("x", "residual", "weight"),
+        outputs=("y", "residual_out", "rstd"),
+        grid=_grid(_ceil(problem.rows, c.groups * c.unroll)),
+        constants=constants,
+        scalars=(("rows", "i64", problem.rows),),
+        threads=c.lanes * c.groups,
+        shared=_sum_bytes(chunks, c.lanes, wave) + c.shared * chunk_bytes * c.lanes,
+    )
+
+
+# ---- backward
+
+ROW_INPUTS = ("n", "dy", "dresidual_out")
+
+
+def _slot_bytes(problem: Problem, v: int, per: int, threads: int) -> int:
+    """SharedPipe::slot_bytes: one row of a block on its way."""
+    return per * v * sum(_itemsize(problem, n) for n in ROW_INPUTS) * threads + 4 * threads
+
+
+def _backward(problem: Problem) -> Backward:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, units = problem.features // v, compute_units(problem.target)
+    # A thread adds up the weight gradient of its columns in one register each. 32 columns for a wave that owns its row alone (no
+    # barrier to pay), 16 for rows shared by waves: with as many registers for the row itself, two or three blocks fit.
+    if chunks <= wave:
+        lanes = next_power_of_2(chunks)
+    elif _ceil(chunks, wave) * v <= 32:
+        lanes = wave
+    else:
+        lanes = _round_up(_ceil(chunks, max(1, 16 // v)), wave)
+        # Few rows: one block a unit must keep memory busy alone, so give it more threads.
+        if problem.rows < 16 * units and lanes < 512:
+            lanes = min(512, _round_up(_ceil(chunks, _ceil(chunks, 2 * lanes)), wave))
+    if lanes > MAX_THREADS:
+        return _tiled(problem, v)
+    groups = max(1, 128 // lanes) if lanes <= wave else 1
+    c = _with_pipe(problem, Backward(lanes, groups, 0, 1, False, True), v, _ceil(chunks, lanes), chunks)
+    return c if c.depth else _tiled(problem, v)
+
+
+def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int) -> Backward:
+    """Fills in blocks, depth and where the rows ahead wait; depth 0 if they do not fit."""
+    threads, wave = c.lanes * c.groups, wave_size(problem.target)
+    columns = per * v
+    row_words = columns * sum(_itemsize(problem, n) for n in ROW_INPUTS) // 4
+    weight_words = columns * _itemsize(problem, "weight") // 4
+    narrow = v * min(_itemsize(problem, n) for n in ROW_INPUTS if problem.has(n)) < 4
+    if _nvidia(problem) and not narrow:
+        need = 40 + columns + weight_words + row_words // 2
+        blocks = max(1, min(65536 // threads // min(need, 65536 // threads), 2048 // threads, 16))
+        slot = _slot_bytes(problem, v, per, threads)
+        fixed = (0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)) + 1024
+        while blocks > 1 and (shared_memory(problem.target) // blocks - fixed) // slot < 3:
+            blocks -= 1
+        slots = min(5, (shared_memory(problem.target) // blocks - fixed) // slot)
+        hold = columns + weight_words <= (24 if threads > 512 else 48)
+        return replace(c, blocks=blocks, depth=max(0, slots - 1), shared_pipe=True, hold_weight=hold)
+    # One row ahead in registers: AMD has 512 of them for each lane of a SIMD, and no copy to LDS that keeps 16-byte accesses.
+    need = 40 + columns + weight_words + 2 * row_words
+    budget = 65536 // threads if _nvidia(problem) else min(512, 4 * 512 * wave // threads * (2 if wave == 32 else 1) // 2)
+    blocks = max(1, min(budget // need, 2048 // threads))
+    fits = need <= budget + 16
+    return replace(c, blocks=blocks, depth=1 if fits else 0, shared_pipe=False, hold_weight=columns <= 32)
+
+
+def _tiled(problem: Problem, v: int) -> Backward:
+    """Rows too long for one block: a first launch computes each row's dot product, then blocks take tiles of columns."""
+    lanes, per = 256, max(1, 16 // v)
+    c = Backward(lanes, 1, 0, 1, False, True, tile=lanes * per)
+    return _with_pipe(problem, c, v, per, lanes * per)
+
+
+def _backward_candidates(problem: Problem) -> Iterator[Backward]:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks = problem.features // v
+    plans = [_backward(problem)]
+    if plans[0].tile:
+        for depth in range(1, plans[0].depth + 1):
+            yield replace(plans[0], depth=depth)
+        return
+    for each in (8, 16, 32):
+        lanes = next_power_of_2(chunks) if chunks <= wave else _round_up(_ceil(chunks, max(1, each // v)), wave)
+        if lanes > MAX_THREADS:
+            continue
+        for threads in (128, 256, 512) if lanes <= wave else (lanes,):
+            c = _with_pipe(problem, Backward(lanes, max(1, threads // lanes), 0, 1, False, True), v, _ceil(chunks, lanes), chunks)
+            if not c.depth or c.groups & (c.groups - 1):
+                continue
+            for blocks in range(1, c.blocks + 1):
+                for depth in {c.depth, min(2, c.depth), 1}:
+                    for hold in (True, False):
+                        yield replace(c, blocks=blocks, depth=depth, hold_weight=hold, min_blocks=blocks)
+
+
+def programs(problem: Problem, c: Backward) -> int:
+    """Blocks of the persistent grid (per column tile).
+
+    Each leaves a row of float32 partial sums that the second launch reads: eight bytes a column against six for each row of
+    bf16. Four rows a group at least keep that below a third.
+    """
+    tiles = _ceil(problem.features // vector(problem), c.tile) if c.tile else 1
+    most = max(1, compute_units(problem.target) * c.blocks // tiles)
+    return max(1, min(most, _ceil(problem.rows, 4 * c.groups)))
+
+
+def _backward_launches(problem: Problem, c: Backward) -> tuple[Launch, ...]:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, threads = problem.features // v, c.lanes * c.groups
+    blocks, tiles = programs(problem, c), _ceil(chunks, c.tile) if c.tile else 1
+    width, offset = _width(problem, "dy"), float(problem.option("weight_offset"))
+    per = _ceil(c.tile or chunks, c.lanes)
+    sums = 0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)
+    pipe = (c.depth + 1) * _slot_bytes(problem, v, per, threads) if c.shared_pipe else 0
+    groups = c.groups // 2 * c.lanes * per * v * 4  # add_groups; takes over the memory of the pipe
+    shared: Constants = (
+        ("JN_N", problem.features),
+        ("JN_P", width),
+        ("JN_V", v),
+        ("JN_X", _type(problem, "n")),
+        ("JN_WEIGHT", _type(problem, "weight")),
+        ("JN_DY", _type(problem, "dy")),
+        ("JN_OFFSET", offset),
+    )
+    launches = []
+    if c.tile:
+        launches.append(_dot_launch(problem, v, shared))
+    dweight = problem.has("dweight")
+    launches.append(
+        Launch(
+            kernel=f"{SOURCE}:rmsnorm_bwd",
+            inputs=("n", "weight", "rstd", "dy", "dresidual_out", "dot"),
+            outputs=("dx", "dresidual", "partials"),
+            grid=(blocks, tiles, 1),
+            constants=(
+                *shared,
+                ("JN_LANES", c.lanes),
+                ("JN_GROUPS", c.groups),
+                ("JN_TILE", c.tile or chunks),
+                ("JN_TILED", bool(c.tile)),
+                ("JN_DEPTH", c.depth),
+                ("JN_PIPE_SHARED", c.shared_pipe),
+                ("JN_HOLD_WEIGHT", c.hold_weight),
+                ("JN_MIN_BLOCKS", c.min_blocks),
+                ("JN_DRES_OUT", _type(problem, "dresidual_out")),
+                ("JN_DX", _type(problem, "dx")),
+                ("JN_DRES", _type(problem, "dresidual")),
+                ("JN_HAS_DWEIGHT", dweight),
+            ),
+            scalars=(("rows", "i64", problem.rows), ("programs", "i32", blocks)),
+            threads=threads,
+            shared=max(sums + pipe, groups if dweight else 0),
+            temps=(("partials", (blocks, problem.features), "float32"),) if dweight else (),
+        )
+    )
+    if dweight:
+        launches.append(_reduce_launch(problem, blocks))
+    return tuple(launches)
+
+
+def _dot_launch(problem: Problem, v: int, constants: Constants) -> Launch:
+    wave, chunks = wave_size(problem.target), problem.features // v
+    lanes = min(MAX_THREADS, max(2 * wave, _round_up(_ceil(chunks, 4), wave)))
+    return Launch(
+        kernel=f"{SOURCE}:rmsnorm_bwd_dot",
+        inputs=("n", "weight", "dy"),
+        outputs=("dot",),
+        grid=_grid(problem.rows),
+        constants=(*constants, ("JN_LANES", lanes), ("JN_MIN_BLOCKS", 1)),
+        scalars=(("rows", "i64", problem.rows),),
+        threads=lanes,
+        # The kernel takes four chunks at a time and may put sums of empty ones behind the last.
+        shared=_round_up(_ceil(chunks, lanes), 4) * (lanes // wave) * 4,
+        temps=(("dot", (problem.rows,), "float32"),),
+    )
+
+
+def _reduce_launch(problem: Problem, blocks: int) -> Launch:
+    """One block for 128 bytes of columns: as many blocks as possible with whole cache lines, all rows of a block in flight."""
+    v = next(v for v in (4, 2, 1) if problem.features % v == 0)
+    columns, slices = 8, 32
+    return Launch(
+        kernel=f"{SOURCE}:rmsnorm_bwd_reduce",
+        inputs=("partials",),
+        outputs=("dweight",),
+        grid=(_ceil(problem.features, columns * v), 1, 1),
+        constants=(("JN_N", problem.features), ("JN_V", v), ("JN_COLUMNS", columns), ("JN_SLICES", slices)),
+        scalars=(("programs", "i32", blocks),),
+        threads=columns * slices,
+        shared=slices // 2 * columns * v * 4,
+    )
