@@ -82,7 +82,11 @@ def measure_one(name: str, shape: str, length: int, recorder: Any | None) -> dic
     rows, features = (int(v) for v in shape.split("x"))
     f, args = make_chain(name, rows, features, length)
     walls = [w / length for w in wall_us(f, args)]
-    entry: dict[str, Any] = {"wall_us": round(statistics.median(walls), 3), "wall_min_us": round(min(walls), 3), "wall_max_us": round(max(walls), 3)}
+    entry: dict[str, Any] = {
+        "wall_us": round(statistics.median(walls), 3),
+        "wall_min_us": round(min(walls), 3),
+        "wall_max_us": round(max(walls), 3),
+    }
     if recorder is not None:
         records = recorder(lambda: f(*args).block_until_ready())
         entry["device_us"] = round(sum(us for _, us in records) / length, 3)
@@ -151,7 +155,9 @@ def count_dump(folder: pathlib.Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix in (".txt", ".pb", ".pbtxt") and path.stat().st_size < 1 << 26:
-            n = len(re.findall(r"(?i)command_?buffer(?!s?_?(?:cmd_)?types?\b)", path.read_bytes().decode("utf-8", "ignore")))
+            n = len(
+                re.findall(r"(?i)command_?buffer(?!s?_?(?:cmd_)?types?\b)", path.read_bytes().decode("utf-8", "ignore"))
+            )
             if n:
                 kind = "thunks" if "thunk" in path.name else "hlo" if "optimizations" in path.name else "other"
                 counts[kind] = counts.get(kind, 0) + n
@@ -161,7 +167,18 @@ def count_dump(folder: pathlib.Path) -> dict[str, int]:
 def spawn(mode: str, flags: str, args: argparse.Namespace, seconds: float) -> tuple[dict[str, dict[str, Any]], str]:
     """Runs one child; (shape -> op -> entry, error text). What it printed before an end by the clock is kept."""
     env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
-    command = [sys.executable, "-m", "benchmarks.chain", mode, "--ops", args.ops, "--shapes", args.shapes, "--length", str(args.length)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.chain",
+        mode,
+        "--ops",
+        args.ops,
+        "--shapes",
+        args.shapes,
+        "--length",
+        str(args.length),
+    ]
     error = ""
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, cwd=store.ROOT)
@@ -184,22 +201,34 @@ def show(result: dict[str, Any]) -> str:
     lines = [f"per operator in a chain of {result['length']}: wall us (kernels' own us, kernels)"]
     settings = list(result["settings"])
     lines.append(f"{'shape':10s} {'op':16s} " + " ".join(s.rjust(22) for s in settings))
-    keys = [(s, n) for s, ops in next(iter(result["settings"].values()))["chains"].items() for n in ops] if settings else []
+    keys = (
+        [(s, n) for s, ops in next(iter(result["settings"].values()))["chains"].items() for n in ops]
+        if settings
+        else []
+    )
     for shape, name in keys:
         fields = []
         for s in settings:
             e = result["settings"][s]["chains"].get(shape, {}).get(name, {})
-            text = f"{e['wall_us']:.2f} ({e.get('device_us', float('nan')):.2f}, {e.get('kernels', '?')})" if "wall_us" in e else e.get("error", "-")[:22]
+            text = (
+                f"{e['wall_us']:.2f} ({e.get('device_us', float('nan')):.2f}, {e.get('kernels', '?')})"
+                if "wall_us" in e
+                else e.get("error", "-")[:22]
+            )
             fields.append(text.rjust(22))
         lines.append(f"{shape:10s} {name:16s} " + " ".join(fields))
     for s in settings:
         part = result["settings"][s]
-        lines.append(f"{s}: command buffers in the dump {part['dump']}, host launch calls {part['calls']} {part.get('errors', '')}")
+        lines.append(
+            f"{s}: command buffers in the dump {part['dump']}, host launch calls {part['calls']} {part.get('errors', '')}"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.chain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.chain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("mode", nargs="?", default="", choices=("", "child", "evidence"), help=argparse.SUPPRESS)
     p.add_argument("--ops", default=OPS)
     p.add_argument("--shapes", default=SHAPES)
@@ -218,7 +247,13 @@ def main() -> int:
             break
         with tempfile.TemporaryDirectory() as dump:
             chains, error = spawn("child", FLAGS[name], args, end - time.time())
-            part: dict[str, Any] = {"flags": FLAGS[name], "chains": chains, "errors": [error] if error else [], "calls": {}, "dump": {}}
+            part: dict[str, Any] = {
+                "flags": FLAGS[name],
+                "chains": chains,
+                "errors": [error] if error else [],
+                "calls": {},
+                "dump": {},
+            }
             result["settings"][name] = part
             if end - time.time() > 20:
                 calls, error = spawn("evidence", f"{FLAGS[name]} --xla_dump_to={dump}", args, end - time.time())

@@ -26,7 +26,9 @@ def time_of(record: dict[str, Any], name: str) -> float | None:
 
 
 def best_peer(record: dict[str, Any]) -> tuple[str, float] | None:
-    times = [(t, n) for n in record["contestants"] if not n.startswith("jaxnorm") and (t := time_of(record, n)) is not None]
+    times = [
+        (t, n) for n in record["contestants"] if not n.startswith("jaxnorm") and (t := time_of(record, n)) is not None
+    ]
     return (min(times)[1], min(times)[0]) if times else None
 
 
@@ -72,11 +74,20 @@ def row(record: dict[str, Any]) -> list[str]:
     named = f"{peer[0]} {_ratio(peer[1], copy)}" if peer else "-"
     targets = " ".join(f"{k}:{v}" for k, v in verdict(record).items())
     key = cells.Cell(record["op"], record["rows"], record["features"], record["dtype"]).key
-    return [f"{record['op']} {key}", f"{copy:.1f}" if copy else "-", *ratios, _ratio(best_xla(record), copy), named, targets]
+    return [
+        f"{record['op']} {key}",
+        f"{copy:.1f}" if copy else "-",
+        *ratios,
+        _ratio(best_xla(record), copy),
+        named,
+        targets,
+    ]
 
 
 def _format(values: tuple[str, ...] | list[str]) -> str:
-    return " ".join(v.ljust(w) if i == 0 or i > 5 else v.rjust(w) for i, (v, w) in enumerate(zip(values, WIDTHS, strict=True))).rstrip()
+    return " ".join(
+        v.ljust(w) if i == 0 or i > 5 else v.rjust(w) for i, (v, w) in enumerate(zip(values, WIDTHS, strict=True))
+    ).rstrip()
 
 
 def line(record: dict[str, Any]) -> str:
@@ -92,7 +103,10 @@ def problems(records: list[dict[str, Any]]) -> list[str]:
                 where.setdefault(f"{name}: {entry['error'][:160]}", []).append(f"{r['op']} {r['shape']}")
             elif entry.get("right") is False:
                 where.setdefault(f"{name}: wrong result {entry['errors']}", []).append(f"{r['op']} {r['shape']}")
-    return [f"{text}  [{len(found)} cells: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}]" for text, found in where.items()]
+    return [
+        f"{text}  [{len(found)} cells: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}]"
+        for text, found in where.items()
+    ]
 
 
 def report(records: list[dict[str, Any]]) -> str:
@@ -117,12 +131,16 @@ def failed(records: list[dict[str, Any]]) -> list[str]:
         bad = [k for k, v in verdict(r).items() if v == "FAIL"]
         if bad:
             peer = best_peer(r)
-            out.append(f"{r['op']} {r['shape']}: {', '.join(bad)}; jaxnorm {ours(r)} us, copy {r['copy_us']} us, best peer {peer}")
+            out.append(
+                f"{r['op']} {r['shape']}: {', '.join(bad)}; jaxnorm {ours(r)} us, copy {r['copy_us']} us, best peer {peer}"
+            )
     return out
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("results", type=pathlib.Path, nargs="+")
     p.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
     args = p.parse_args()

@@ -60,7 +60,12 @@ def import_ms(count: int) -> dict[str, Any]:
     """Milliseconds of ``import jaxnorm`` after ``import jax``; the first process, which may compile bytecode, is left out."""
     with tempfile.TemporaryDirectory() as cache:
         times = [1e3 * float(process(IMPORT, cache)) for _ in range(count + 1)][1:]
-    return {"median_ms": round(statistics.median(times), 1), "min_ms": round(min(times), 1), "max_ms": round(max(times), 1), "n": count}
+    return {
+        "median_ms": round(statistics.median(times), 1),
+        "min_ms": round(min(times), 1),
+        "max_ms": round(max(times), 1),
+        "n": count,
+    }
 
 
 def calls(backend: str | None, count: int) -> dict[str, Any]:
@@ -73,12 +78,21 @@ def calls(backend: str | None, count: int) -> dict[str, Any]:
             fresh.append(a)
             second.append(b)
             cached.append(json.loads(process(code, cache))[0])
-    return {k: round(statistics.median(v), 3) for k, v in (("first_s", fresh), ("new_shape_s", second), ("second_process_s", cached))} | {"n": count}
+    return {
+        k: round(statistics.median(v), 3)
+        for k, v in (("first_s", fresh), ("new_shape_s", second), ("second_process_s", cached))
+    } | {"n": count}
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.first_call", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--backends", default="default,hip,triton,xla,jnp", help="jnp: the norm as written by hand, without jaxnorm")
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.first_call",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--backends", default="default,hip,triton,xla,jnp", help="jnp: the norm as written by hand, without jaxnorm"
+    )
     p.add_argument("--processes", type=int, default=3)
     p.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     args = p.parse_args()

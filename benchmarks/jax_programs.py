@@ -57,7 +57,9 @@ def _columns(inputs: Inputs, *names: str) -> list[tuple[jax.Array, ...]]:
     return [tuple(s[n] for n in names) for s in inputs.sets]
 
 
-def norm_program(name: str, inputs: Inputs, norm: Norm | None, add_norm: AddNorm | None, recompute: bool = False) -> Program:
+def norm_program(
+    name: str, inputs: Inputs, norm: Norm | None, add_norm: AddNorm | None, recompute: bool = False
+) -> Program:
     """The op of the cell built from a library's forward function(s) and autodiff, under one jit.
 
     A backward is timed alone, on what the forward saved. ``recompute`` puts the forward into the timed program instead, from

@@ -22,7 +22,15 @@ from typing import Any
 from . import cells, compare, store, timing
 from .cells import Cell
 
-FATAL = ("illegal_address", "illegal memory", "illegal instruction", "misaligned", "launch_failed", "launch failure", "device-side assert")
+FATAL = (
+    "illegal_address",
+    "illegal memory",
+    "illegal instruction",
+    "misaligned",
+    "launch_failed",
+    "launch failure",
+    "device-side assert",
+)
 CRASHES = "JAXNORM_BENCH_CRASHED"
 STARTED = "JAXNORM_BENCH_STARTED"
 
@@ -47,7 +55,9 @@ def contestants() -> dict[str, Callable[[Any], timing.Program]]:
     return table
 
 
-DEFAULT = "jaxnorm,jaxnorm-hip,jaxnorm-triton,xla,xla-saved,quack,liger,torch-compile,torch-eager,tokamax-triton,tokamax-xla"
+DEFAULT = (
+    "jaxnorm,jaxnorm-hip,jaxnorm-triton,xla,xla-saved,quack,liger,torch-compile,torch-eager,tokamax-triton,tokamax-xla"
+)
 
 
 def skip_reason(name: str, cell: Cell) -> str | None:
@@ -78,7 +88,9 @@ class DeviceLost(Exception):
         self.contestant = contestant
 
 
-def measure_cell(cell: Cell, names: list[str], timer: timing.Timer, skipped: dict[str, str] | None = None) -> dict[str, Any]:
+def measure_cell(
+    cell: Cell, names: list[str], timer: timing.Timer, skipped: dict[str, str] | None = None
+) -> dict[str, Any]:
     """One cell with all contestants: built, checked against the reference, timed in turns."""
     from . import inputs as inp
 
@@ -162,7 +174,10 @@ def run(args: argparse.Namespace) -> int:
     for i, cell in enumerate(todo):
         spent = time.time() - started
         if spent + 1.3 * longest > args.budget_seconds:
-            print(f"budget: {len(todo) - i} cells left after {spent:.0f} s; the same command goes on from here", flush=True)
+            print(
+                f"budget: {len(todo) - i} cells left after {spent:.0f} s; the same command goes on from here",
+                flush=True,
+            )
             break
         begin = time.time()
         try:
@@ -207,14 +222,20 @@ def restart_without(cell: Cell, lost: DeviceLost) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--ops", default="rmsnorm,add_rmsnorm", help=f"comma list of {', '.join(cells.OPS)}")
     p.add_argument("--cells", default="table", help=f"{', '.join(cells.GROUPS)}, or a comma list of ROWSxFEATURES")
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--contestants", default=DEFAULT, help="comma list (default: %(default)s)")
-    p.add_argument("--budget-seconds", type=float, default=450, help="start no cell that would end later (default: %(default)s)")
+    p.add_argument(
+        "--budget-seconds", type=float, default=450, help="start no cell that would end later (default: %(default)s)"
+    )
     p.add_argument("--out", required=True, help="directory of the JSON files")
-    p.add_argument("--earlier", action="append", default=[], help="directory whose cells count as measured; may be repeated")
+    p.add_argument(
+        "--earlier", action="append", default=[], help="directory whose cells count as measured; may be repeated"
+    )
     p.add_argument("--fresh", action="store_true", help="measure all cells again")
     p.add_argument("--timer", default="auto", choices=("auto", "cupti", "wall"))
     return p

@@ -26,7 +26,14 @@ from .cells import EPS, Cell
 from .store import write_json
 
 FORMAT = "jaxnorm-sweep/1"
-STAGES = {"fwd": "rmsnorm", "fwd_train": "rmsnorm", "add": "add_rmsnorm", "add_train": "add_rmsnorm", "bwd": "rmsnorm_bwd", "add_bwd": "add_rmsnorm_bwd"}
+STAGES = {
+    "fwd": "rmsnorm",
+    "fwd_train": "rmsnorm",
+    "add": "add_rmsnorm",
+    "add_train": "add_rmsnorm",
+    "bwd": "rmsnorm_bwd",
+    "add_bwd": "add_rmsnorm_bwd",
+}
 RESULTS = {
     "fwd": ("y",), "fwd_train": ("y", "rstd"), "add": ("y", "residual_out"), "add_train": ("y", "residual_out", "rstd"),
     "bwd": ("dx", "dweight"), "add_bwd": ("dx", "dweight"),
@@ -61,7 +68,9 @@ def make_problem(stage: str, cell: Cell, target: str) -> Any:
     f32 = ("rstd", "dweight")
     dtypes = tuple((name, "float32" if name in f32 else dtype) for name in shapes)
     kind = "rmsnorm_bwd" if backward else "rmsnorm_fwd"
-    return Problem(stage=kind, rows=m, features=n, shapes=tuple(shapes.items()), dtypes=dtypes, options=options, target=target)
+    return Problem(
+        stage=kind, rows=m, features=n, shapes=tuple(shapes.items()), dtypes=dtypes, options=options, target=target
+    )
 
 
 def operands(stage: str, data: Any) -> list[dict[str, Any]]:
@@ -71,7 +80,11 @@ def operands(stage: str, data: Any) -> list[dict[str, Any]]:
 
     @jax.jit
     def saved(s: dict[str, Any]) -> tuple[Any, Any]:
-        n = s["x"].astype(jnp.float32) + s["residual"].astype(jnp.float32) if "residual" in s else s["x"].astype(jnp.float32)
+        n = (
+            s["x"].astype(jnp.float32) + s["residual"].astype(jnp.float32)
+            if "residual" in s
+            else s["x"].astype(jnp.float32)
+        )
         n = n.astype(s["x"].dtype)
         n32 = n.astype(jnp.float32)
         return n, jax.lax.rsqrt(jnp.mean(n32 * n32, axis=-1) + EPS)
@@ -90,7 +103,9 @@ def describe_launch(launch: Any) -> dict[str, Any]:
     d = dataclasses.asdict(launch)
     d["constants"] = dict(launch.constants)
     d["options"] = dict(launch.options)
-    return {k: v for k, v in d.items() if v not in (0, (), {}, 1) and k not in ("inputs", "outputs", "scalars")} | {"grid": launch.grid}
+    return {k: v for k, v in d.items() if v not in (0, (), {}, 1) and k not in ("inputs", "outputs", "scalars")} | {
+        "grid": launch.grid
+    }
 
 
 @functools.cache
@@ -145,7 +160,9 @@ def compile_all(backend: str, problem: Any, plans: list[tuple[Any, ...]], jobs: 
     return errors
 
 
-def program(backend: str, stage: str, problem: Any, plan: tuple[Any, ...], sets: list[dict[str, Any]], name: str) -> timing.Program:
+def program(
+    backend: str, stage: str, problem: Any, plan: tuple[Any, ...], sets: list[dict[str, Any]], name: str
+) -> timing.Program:
     import jax
 
     from jaxnorm._launch import run_plan
@@ -158,7 +175,9 @@ def program(backend: str, stage: str, problem: Any, plan: tuple[Any, ...], sets:
     return timing.Program(name, [functools.partial(call, s) for s in sets], jax.block_until_ready)
 
 
-def sweep_cell(args: argparse.Namespace, stage: str, cell: Cell, backend: str, timer: timing.Timer, target: str) -> dict[str, Any]:
+def sweep_cell(
+    args: argparse.Namespace, stage: str, cell: Cell, backend: str, timer: timing.Timer, target: str
+) -> dict[str, Any]:
     """Ranking of all candidates of one backend for one cell."""
     from . import inputs as inp
     from . import jax_programs as j
@@ -200,8 +219,17 @@ def sweep_cell(args: argparse.Namespace, stage: str, cell: Cell, backend: str, t
     ranking = []
     for name, summary in sorted(timed.items(), key=lambda e: e[1]["median_us"]):
         i = int(name)
-        entry = {"us": summary["median_us"], "min_us": summary["min_us"], "max_us": summary["max_us"], "picked": i == picked}
-        entry |= {"label": label(plans[i], tuple(plans)), "right": inp.is_right(cell, distances[i]), "errors": distances[i]}
+        entry = {
+            "us": summary["median_us"],
+            "min_us": summary["min_us"],
+            "max_us": summary["max_us"],
+            "picked": i == picked,
+        }
+        entry |= {
+            "label": label(plans[i], tuple(plans)),
+            "right": inp.is_right(cell, distances[i]),
+            "errors": distances[i],
+        }
         entry |= {"kernels": summary["kernels"], "launches": [describe_launch(launch) for launch in plans[i]]}
         ranking.append(entry)
     return {
@@ -215,7 +243,11 @@ def show(record: dict[str, Any], top: int = 5) -> str:
     """The first of the ranking, the picked one, the last, as ratios to the copy."""
     copy = record["copy_us"] or float("nan")
     xla = record["xla_us"]
-    head = f"{record['stage']} {record['shape']} {record['backend']}: copy {copy:.2f} us, xla {xla / copy:.2f}" if xla else f"{record['shape']}"
+    head = (
+        f"{record['stage']} {record['shape']} {record['backend']}: copy {copy:.2f} us, xla {xla / copy:.2f}"
+        if xla
+        else f"{record['shape']}"
+    )
     lines = [f"{head}, {record['candidates']} candidates, compiled in {record['compile_seconds']} s"]
     ranking = record["ranking"]
     for i, e in enumerate(ranking):
@@ -253,12 +285,19 @@ def plan_of_work(args: argparse.Namespace) -> list[tuple[str, Cell, str]]:
     unknown = [s for s in stages if s not in STAGES]
     if unknown:
         raise SystemExit(f"--stages: got {', '.join(unknown)}, expected some of {', '.join(STAGES)}")
-    work = [(stage, Cell(STAGES[stage], *shape, args.dtype), b) for shape in shapes for stage in stages for b in args.backends.split(",")]
+    work = [
+        (stage, Cell(STAGES[stage], *shape, args.dtype), b)
+        for shape in shapes
+        for stage in stages
+        for b in args.backends.split(",")
+    ]
     return [w for w in work if not (w[0].endswith("bwd") and w[1].rows < 128)]
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--stages", default="fwd,add,bwd", help=f"comma list of {', '.join(STAGES)}")
     p.add_argument("--backends", default="hip,triton")
     p.add_argument("--cells", default=DEFAULT_CELLS, help="comma list of ROWSxFEATURES")
@@ -311,7 +350,9 @@ def main() -> int:
         except run.DeviceLost as e:
             results["cells"][key] = {"error": str(e)}
             write_json(path, results)
-            print(f"{key}: the device is lost after {e}; run the command again, it goes on with the next cell", flush=True)
+            print(
+                f"{key}: the device is lost after {e}; run the command again, it goes on with the next cell", flush=True
+            )
             return 3
         except Exception as e:
             results["cells"][key] = {"error": run.describe(e)}
@@ -333,7 +374,9 @@ def summary(results: dict[str, Any]) -> str:
         copy = r["copy_us"] or float("nan")
         own = next((e for e in right if e["picked"]), None)
         loss = f", picked {own['us'] / copy:.3f}" if own and own is not right[0] else ""
-        lines.append(f"{key:28s} {right[0]['us']:9.2f} us {right[0]['us'] / copy:.3f}{loss} {'*' if own is right[0] else ' '} {right[0]['label']}")
+        lines.append(
+            f"{key:28s} {right[0]['us']:9.2f} us {right[0]['us'] / copy:.3f}{loss} {'*' if own is right[0] else ' '} {right[0]['label']}"
+        )
     return "\n".join(lines)
 
 

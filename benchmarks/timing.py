@@ -60,7 +60,9 @@ class KernelRecorder(Protocol):
 
 def cupti_recorder() -> KernelRecorder:
     """Kernel records from CUPTI. Raises RuntimeError or ImportError where the extension or a CUDA device is missing."""
-    from jax._src.lib import mosaic_gpu as lib  # what jax.experimental.mosaic.gpu.profiler uses; it has no public way to bring a loop
+    from jax._src.lib import (
+        mosaic_gpu as lib,  # what jax.experimental.mosaic.gpu.profiler uses; it has no public way to bring a loop
+    )
 
     ext = lib._mosaic_gpu_ext
 

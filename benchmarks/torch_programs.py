@@ -126,7 +126,9 @@ def _forward_backward(norm: Callable[..., Any], x: Any, w: Any, dy: Any) -> tupl
     return (y.detach(), *torch.autograd.grad(y, (x, w), dy))
 
 
-def _backward_call(op: str, norm: Callable[..., Any], add_norm: Callable[..., Any], s: dict[str, Any]) -> Callable[[], Any]:
+def _backward_call(
+    op: str, norm: Callable[..., Any], add_norm: Callable[..., Any], s: dict[str, Any]
+) -> Callable[[], Any]:
     """The forward runs now; the call repeats the backward alone, on what it saved."""
     import torch
 
