@@ -273,7 +273,7 @@ def _reduce(problem: Problem, programs: int) -> tuple[Launch, ...]:
             outputs=("dweight",),
             grid=(-(-problem.features // block), 1, 1),
             constants=(("N", problem.features), ("ROWS", rows), ("BLOCK", block)),
-            num_warps=max(1, min(256, rows * block // 16) // wave_size(problem.target)),
+            num_warps=min(256, max(64, rows * block // 16)) // wave_size(problem.target),
         ),
     )
 
