@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
+import importlib.machinery
 import os
 import re
 import threading
@@ -123,7 +123,8 @@ def _key(code: CodeObject) -> int:
 
 
 def _load() -> Status:
-    spec = importlib.util.find_spec("jaxnorm._launcher")
+    # In this package's own folder only: another, editable, jaxnorm on the same path would answer importlib.util.find_spec.
+    spec = importlib.machinery.PathFinder.find_spec("jaxnorm._launcher", [str(Path(__file__).resolve().parent)])
     if spec is None or spec.origin is None:
         return Status(False, "launcher not built: there is no jaxnorm/_launcher.*.so", _REBUILD, None)
     return _load_from(spec.origin)

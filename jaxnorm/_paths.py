@@ -12,7 +12,9 @@ def _source_dir(name: str, marker: str) -> Path:
     for folder in (_PACKAGE / name, _PACKAGE.parent / name):
         if (folder / marker).is_file():
             return folder
-    raise FileNotFoundError(f"jaxnorm: {name}/{marker} is in neither {_PACKAGE / name} nor {_PACKAGE.parent / name}. Reinstall jaxnorm.")
+    raise FileNotFoundError(
+        f"jaxnorm: {name}/{marker} is in neither {_PACKAGE / name} nor {_PACKAGE.parent / name}. Reinstall jaxnorm."
+    )
 
 
 def csrc_dir() -> Path:

@@ -44,7 +44,11 @@ class Fake:
 
     def counts(self):
         return dict(
-            zip(("loads", "lookups", "raises", "launches"), (self._read("fake_counts", 4) - self.before).tolist())
+            zip(
+                ("loads", "lookups", "raises", "launches"),
+                (self._read("fake_counts", 4) - self.before).tolist(),
+                strict=True,
+            )
         )
 
     def last(self):
