@@ -189,6 +189,33 @@ def shape_workloads(max_features: int = 131072) -> Iterator[Workload]:
         yield replace(base, pad_to_multiple=32)
 
 
+def gpu_workloads() -> Iterator[Workload]:
+    """What runs with compiled kernels: every dtype pair on an aligned and on an odd N, the options, models, and edges."""
+    for i, (x, w) in enumerate(DTYPE_PAIRS):
+        base = Workload("dtypes", 1024, rows=33, x_dtype=x, weight_dtype=w, weight_offset=1.0)
+        yield base if i % 2 else base.with_residual(FLOATS[i % 3])
+        odd = Workload("odd-dtypes", 769, rows=7, x_dtype=x, weight_dtype=w)
+        yield odd.with_residual(F32) if i % 2 else odd
+    for x in (BF16, F16):
+        base = Workload("options", 1000, rows=16, x_dtype=x, weight_dtype=BF16, weight_offset=0.5)
+        add = base.with_residual()
+        yield replace(base, cast="before_weight")
+        yield replace(base, pad_to_multiple=256, out_dtype=F32)
+        yield replace(add, weight_dtype=None, weight_offset=0.0, pad_to_multiple=7)
+        yield replace(add, residual_rounding="input", cast="before_weight", residual_dtype=F32 if x == BF16 else BF16)
+    for name in ("llama3-70b", "qwen3-8b", "gpt-oss", "gemma3-1b", "gemma3-27b", "t5-small"):
+        yield replace(model(name), rows=173)
+    for name in ("llama3-8b", "deepseek-v3", "gemma3-4b"):
+        yield replace(model(name), rows=128).with_residual()
+    for features in (1, 2, 3, 7, 31, 97, 409, 3571, 5125, 31744):
+        base = Workload("odd", features, rows=9, x_dtype=FLOATS[features % 3], weight_dtype=F32, weight_offset=1.0)
+        yield base.with_residual(BF16) if features % 2 else base
+    for lead in ((), (2, 3, 5), (0, 4), (1,)):
+        yield Workload("lead", 128, lead=lead, weight_dtype=F32).with_residual()
+    yield Workload("head-norm", 128, rows=100003)
+    yield Workload("tall", 512, rows=66000, x_dtype=F32, weight_dtype=F32).with_residual()
+
+
 # --- data
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng([20260, seed])

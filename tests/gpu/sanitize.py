@@ -1,0 +1,49 @@
+"""Every kernel of a backend once, on ragged and unaligned sizes, to be run under compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py --backend hip
+
+The tools are memcheck, racecheck, initcheck and synccheck. XLA's allocator is set to ``platform``, so that each buffer is an
+allocation of its own: inside XLA's pool an access past the end of a buffer hits another one and goes unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import cases  # noqa: E402
+from workloads import check  # noqa: E402
+
+
+def workloads(full: bool):
+    """Odd, tiny, padded and wide rows; with --full every GPU workload that is small enough for the tool's slowdown."""
+    base = cases.Workload("sanitize", 769, rows=5, weight_dtype="float32", weight_offset=1.0)
+    yield base
+    yield base.with_residual("float32")
+    yield cases.Workload("sanitize", 1, rows=3).with_residual()
+    yield cases.Workload("sanitize", 83, rows=7, x_dtype="float16", pad_to_multiple=96, cast="before_weight")
+    yield cases.Workload("sanitize", 4096, rows=33).with_residual()
+    yield cases.Workload("sanitize", 5125, rows=3, x_dtype="float32", weight_dtype=None)
+    yield cases.Workload("sanitize", 128, rows=1001)
+    if full:
+        yield from (w for w in cases.gpu_workloads() if w.rows * w.features < 1 << 21)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("triton", "hip"), required=True)
+    parser.add_argument("--full", action="store_true", help="more shapes; minutes under a tool")
+    arguments = parser.parse_args()
+    for work in workloads(arguments.full):
+        check(work, arguments.backend)
+        print("ok", work.id, flush=True)
+
+
+if __name__ == "__main__":
+    main()
