@@ -44,6 +44,7 @@ def loses(record: dict[str, Any]) -> bool:
 def draw(records: list[dict[str, Any]], ops: list[str]) -> Any:
     """The figure: one panel per operator."""
     import matplotlib
+    import matplotlib.patches
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -61,7 +62,8 @@ def draw(records: list[dict[str, Any]], ops: list[str]) -> Any:
     )
     for ax, (op, rows) in zip(axes[:, 0], panels.items(), strict=True):
         _panel(ax, op, rows)
-    axes[0, 0].legend(ncols=4, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08))
+    handles = [matplotlib.patches.Patch(color=c, label=kind) for kind, c in COLORS.items()]
+    axes[0, 0].legend(handles=handles, ncols=4, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08))
     note = (
         "Hatched: XLA or another library is faster by more than 5 %. The small names say which library the bar is. "
         + table.caption([r for rows in panels.values() for r in rows])
@@ -81,7 +83,6 @@ def _panel(ax: Any, op: str, rows: list[dict[str, Any]]) -> None:
             if bar is None:
                 continue
             hatch = "///" if kind == "jaxnorm" and loses(r) else None
-            label = kind if i == next(j for j, q in enumerate(rows) if series(q)[kind]) else None
             ax.bar(
                 i + (k - 1) * width,
                 bar[0],
@@ -90,7 +91,6 @@ def _panel(ax: Any, op: str, rows: list[dict[str, Any]]) -> None:
                 hatch=hatch,
                 edgecolor="white",
                 linewidth=0.3,
-                label=label,
             )
             if kind == "best other library":
                 ax.text(i + (k - 1) * width, bar[0] + 1, bar[1], fontsize=5, rotation=90, ha="center", va="bottom")

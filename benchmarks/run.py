@@ -129,7 +129,8 @@ def measure_cell(
         "op": cell.op, "shape": cell.shape, "rows": cell.rows, "features": cell.features, "dtype": cell.dtype, "bytes": cell.bytes,
         "copy_us": min((c["median_us"] for c in copies.values()), default=None), "copies": copies, "contestants": notes,
         "cold": "flush" if timing.rotation(cell.input_bytes)[1] else f"{len(data.sets)} input sets",
-        "timer": timer.name, "method": timer.method, "clocks": store.clocks(), "seconds": round(time.perf_counter() - start, 1),
+        "timer": timer.name, "method": timer.method, "clocks": store.clocks(), "chosen": chosen_backends(cell),
+        "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
             traceback.print_exc()
             if is_fatal(e):
                 restart_without(cell, DeviceLost("*", e))
-        gc.collect()
+        release()
         longest = max(longest, time.time() - begin)
     results.write_all()
     chosen = [r for c in cells.select(args.ops, args.cells, args.dtype) if (r := results.get(c.op, c.key))]
@@ -205,6 +206,31 @@ def is_done(results: store.Store, cell: Cell, since: float) -> bool:
     record = results.get(cell.op, cell.key)
     recent = record is not None and record.get("time", 0) >= int(since)
     return (recent and store.is_complete(record)) or "*" in crashes(cell)
+
+
+def release() -> None:
+    """Gives the memory of a cell back before the next one asks for its own."""
+    gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def chosen_backends(cell: Cell) -> list[str]:
+    """What ``backend=None`` picks here, as ``explain`` says; empty where that fails."""
+    import jax
+
+    try:
+        import jaxnorm
+
+        wide = jax.ShapeDtypeStruct((cell.rows, cell.features), cell.dtype)
+        weight = jax.ShapeDtypeStruct((cell.features,), cell.dtype)
+        if cell.op.startswith("add_"):
+            choices = jaxnorm.explain(lambda x, r, w: jaxnorm.add_rmsnorm(x, r, w), wide, wide, weight)
+        else:
+            choices = jaxnorm.explain(lambda x, w: jaxnorm.rmsnorm(x, w), wide, weight)
+        return [f"{c.backend} {c.kernel} {c.config}".strip()[:300] for c in choices]
+    except Exception as e:
+        return [describe(e)]
 
 
 def crashes(cell: Cell) -> dict[str, str]:

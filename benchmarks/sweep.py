@@ -374,9 +374,8 @@ def summary(results: dict[str, Any]) -> str:
         copy = r["copy_us"] or float("nan")
         own = next((e for e in right if e["picked"]), None)
         loss = f", picked {own['us'] / copy:.3f}" if own and own is not right[0] else ""
-        lines.append(
-            f"{key:28s} {right[0]['us']:9.2f} us {right[0]['us'] / copy:.3f}{loss} {'*' if own is right[0] else ' '} {right[0]['label']}"
-        )
+        best, mark = right[0], "*" if own is right[0] else " "
+        lines.append(f"{key:28s} {best['us']:9.2f} us {best['us'] / copy:.3f}{loss} {mark} {best['label']}")
     return "\n".join(lines)
 
 

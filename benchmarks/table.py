@@ -52,6 +52,9 @@ def markdown(records: list[dict[str, Any]]) -> str:
             ]
             parts.append("| " + " | ".join([*cells, compare._ratio(compare.best_xla(r), copy), best, target]) + " |")
         parts.append("")
+    parts.append(
+        "Columns after the times are ratios to the copy of the same bytes (1.00 = copy speed, smaller is better)."
+    )
     return "\n".join([*parts, caption(records)])
 
 
@@ -71,8 +74,7 @@ def caption(records: list[dict[str, Any]]) -> str:
         "dtype " + ", ".join(sorted({r["dtype"] for r in records})),
         " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "",
     ]
-    text = f"Columns after the times are ratios to the copy of the same bytes (1.00 = copy speed, smaller is better). {'; '.join(p for p in parts if p)}."
-    return f"{text} Source {sources}. Method: {'; '.join(sorted({r['method'] for r in records}))}."
+    return f"{'; '.join(p for p in parts if p)}. Source {sources}. Method: {'; '.join(sorted({r['method'] for r in records}))}."
 
 
 def choose(group: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -115,7 +117,8 @@ def tuned(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         newest = max(group, key=lambda r: r.get("time", 0))
         head = {
             "format": FORMAT, "device": newest["device"], "target": target_of(newest), "versions": newest["versions"],
-            "driver": newest.get("driver", ""), "date": newest["date"], "commit": newest["commit"] or newest["source"], "entries": [],
+            "driver": newest.get("driver", ""), "date": newest["date"],
+            "commit": newest["commit"] or newest["source"], "entries": [],
         }  # fmt: skip
         key = {"stage": stage, "op": group[0]["op"], "dtype": dtype, "features": features, "residual": residual}
         files.setdefault(stage, head)["entries"].append({**key, **chosen})
@@ -148,9 +151,8 @@ def main() -> int:
             store.write_json(args.out / f"{stage}.json", content)
         for e in content["entries"]:
             kind = "residual" if e["residual"] else "plain"
-            print(
-                f"{stage} {kind} {e['dtype']} N={e['features']}: {e['backend']} (worst {e['worst_ratio_to_xla']} of XLA's time, {len(e['evidence'])} cells)"
-            )
+            worst = f"worst {e['worst_ratio_to_xla']} of XLA's time, {len(e['evidence'])} cells"
+            print(f"{stage} {kind} {e['dtype']} N={e['features']}: {e['backend']} ({worst})")
     return 0
 
 

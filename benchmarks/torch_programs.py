@@ -142,9 +142,17 @@ def _backward_call(
 
 def to_jax(tensors: Any) -> list[Any]:
     """Outputs of a torch call as JAX arrays over the same memory."""
-    import jax
+    return [_to_jax(t.detach().contiguous()) for t in tensors]
 
-    return [jax.dlpack.from_dlpack(t.detach().contiguous()) for t in tensors]
+
+def _to_jax(tensor: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    try:
+        return jax.dlpack.from_dlpack(tensor)
+    except (BufferError, TypeError, RuntimeError, ValueError):
+        return jnp.asarray(tensor.float().cpu().numpy())  # through the host: slower, the same values
 
 
 def torch_copy_program(cell: Cell) -> Program:

@@ -1,4 +1,4 @@
-"""The logic of benchmarks/ that needs no GPU: cells, splitting of kernel records, resume, verdicts, tables, and a run on the CPU."""
+"""What of benchmarks/ needs no GPU: cells, splitting of kernel records, resume, verdicts, tables, and a run on the CPU."""
 
 import json
 
@@ -51,10 +51,8 @@ def test_records_that_do_not_fit_the_calls_are_refused(records, calls, ignore, t
 
 
 class FakeFlush:
-    kernels = {"xor": 1}
-
     def __init__(self, log):
-        self.log = log
+        self.log, self.kernels = log, {"xor": 1}
 
     def __call__(self):
         self.log.append(("xor", 100.0))
