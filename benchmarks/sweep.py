@@ -132,12 +132,14 @@ def label(plan: tuple[Any, ...], plans: tuple[tuple[Any, ...], ...]) -> str:
     return " ".join(f"{k}={v}" for k, v in _choices(plan).items() if k in varying) or "only"
 
 
-def candidates(backend: str, problem: Any) -> tuple[list[tuple[Any, ...]], int]:
-    """(plans, index of the one that ``plan`` picks, or -1)."""
+def candidates(backend: str, problem: Any, limit: int = 0) -> list[tuple[Any, ...]]:
+    """The plans to try; the first is the one that ``plan`` picks. Above ``limit``, every so many of the others are taken."""
     module = importlib.import_module(f"jaxnorm.kernels.configs.rmsnorm_{backend}")
     picked = module.plan(problem)
-    plans = list(dict.fromkeys([picked, *module.candidates(problem)]))
-    return plans, plans.index(picked)
+    others = [p for p in dict.fromkeys(module.candidates(problem)) if p != picked]
+    if limit and len(others) >= limit:
+        others = [others[i * len(others) // (limit - 1)] for i in range(limit - 1)]
+    return [picked, *others]
 
 
 def compile_all(backend: str, problem: Any, plans: list[tuple[Any, ...]], jobs: int) -> dict[int, str]:
@@ -183,7 +185,7 @@ def sweep_cell(
     from . import jax_programs as j
 
     problem = make_problem(stage, cell, target)
-    plans, picked = candidates(backend, problem)
+    plans = candidates(backend, problem, args.limit)
     start = time.perf_counter()
     errors = compile_all(backend, problem, plans, args.jobs)
     compile_seconds = time.perf_counter() - start
@@ -223,7 +225,7 @@ def sweep_cell(
             "us": summary["median_us"],
             "min_us": summary["min_us"],
             "max_us": summary["max_us"],
-            "picked": i == picked,
+            "picked": i == 0,
         }
         entry |= {
             "label": label(plans[i], tuple(plans)),
@@ -265,7 +267,7 @@ def compile_only(args: argparse.Namespace, todo: list[tuple[str, Cell, str]]) ->
     for stage, cell, backend in todo:
         problem = make_problem(stage, cell, args.target)
         try:
-            plans, _ = candidates(backend, problem)
+            plans = candidates(backend, problem, args.limit)
             errors = compile_all(backend, problem, plans, args.jobs)
         except Exception as e:
             bad += 1
@@ -305,6 +307,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget-seconds", type=float, default=450)
     p.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="threads that compile")
     p.add_argument("--out", help="directory of the JSON files; cells that are there are not measured again")
+    p.add_argument(
+        "--limit", type=int, default=64, help="most candidates a cell and backend; 0 = all (default: %(default)s)"
+    )
     p.add_argument("--compile-only", action="store_true")
     p.add_argument("--target", default="", help="with --compile-only: gfx942, sm_90, ...; else the device's")
     p.add_argument("--timer", default="auto", choices=("auto", "cupti", "wall"))

@@ -267,3 +267,11 @@ def _stages(jaxpr):
                 inner = getattr(v, "jaxpr", v)
                 if hasattr(inner, "eqns"):
                     yield from _stages(inner)
+
+
+def test_a_limited_sweep_keeps_the_plans_own_choice():
+    problem = sweep.make_problem("fwd", Cell("rmsnorm", 8192, 8192), "sm_90")
+    everything = sweep.candidates("triton", problem)
+    some = sweep.candidates("triton", problem, 6)
+    assert len(everything) > 6 == len(set(some)) and some[0] == everything[0] and set(some) <= set(everything)
+    assert len({sweep.label(p, tuple(everything)) for p in everything}) == len(everything)
