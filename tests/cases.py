@@ -221,8 +221,12 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng([20260, seed])
 
 
-def normal(generator: np.random.Generator, shape: tuple[int, ...], dtype_name: str, *, std: float = 1.0, mean: float = 0.0) -> np.ndarray:
-    return (generator.standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)).astype(dtype(dtype_name))
+def normal(
+    generator: np.random.Generator, shape: tuple[int, ...], dtype_name: str, *, std: float = 1.0, mean: float = 0.0
+) -> np.ndarray:
+    return (generator.standard_normal(shape, dtype=np.float32) * np.float32(std) + np.float32(mean)).astype(
+        dtype(dtype_name)
+    )
 
 
 def weight(generator: np.random.Generator, features: int, dtype_name: str | None) -> np.ndarray | None:

@@ -61,27 +61,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _refused(reason: str) -> str | None:
-    """The name in JAXNORM_REQUIRE that forbids a skip with this reason."""
+def _fail_if_required(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """A skip for the want of something that JAXNORM_REQUIRE names becomes a failure."""
+    if report.outcome != "skipped" or not isinstance(report.longrepr, tuple):
+        return
+    reason = report.longrepr[2]
     match = _NEED.search(reason)
-    return match.group(1) if match and match.group(1) in needs.required() else None
+    if match and match.group(1) in needs.required():
+        report.outcome = "failed"
+        report.longrepr = f"JAXNORM_REQUIRE names {match.group(1)!r}, but this was skipped: {reason}"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = yield
-    if report.skipped and isinstance(report.longrepr, tuple) and not hasattr(report, "wasxfail"):
-        if name := _refused(report.longrepr[2]):
-            report.outcome = "failed"
-            report.longrepr = f"JAXNORM_REQUIRE names {name!r}, but the test was skipped: {report.longrepr[2]}"
+    if not hasattr(report, "wasxfail"):
+        _fail_if_required(report)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector):
     report = yield
-    if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
-        if name := _refused(report.longrepr[2]):
-            report.outcome = "failed"
-            report.longrepr = f"JAXNORM_REQUIRE names {name!r}, but the module was skipped: {report.longrepr[2]}"
+    _fail_if_required(report)
     return report

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 from cases import dtype
 
 # dtype name -> significant bits, exponent of the smallest subnormal

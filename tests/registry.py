@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import cases
-import jaxnorm
 import oracle
 import tolerances
+
+import jaxnorm
 
 OPTIONS = {"eps": 1e-5, "weight_offset": 1.0}
 MIXED = {"x": "bfloat16", "residual": "float32", "weight": "float32"}
@@ -31,10 +31,14 @@ class Op:
     """Which arguments have the leading dims; the others are vectors over the features."""
     forward: Callable[..., oracle.Forward]
 
-    def make(self, lead: tuple[int, ...], features: int, *, dtypes: dict[str, str] = MIXED, seed: int = 0) -> tuple[np.ndarray, ...]:
+    def make(
+        self, lead: tuple[int, ...], features: int, *, dtypes: dict[str, str] = MIXED, seed: int = 0
+    ) -> tuple[np.ndarray, ...]:
         g = cases.rng(seed)
         return tuple(
-            cases.normal(g, (*lead, features), dtypes[name], std=1.5) if rows else cases.weight(g, features, dtypes[name])
+            cases.normal(g, (*lead, features), dtypes[name], std=1.5)
+            if rows
+            else cases.weight(g, features, dtypes[name])
             for name, rows in zip(self.arguments, self.per_row, strict=True)
         )
 
@@ -57,7 +61,9 @@ class Op:
             tolerances.assert_same_bits(results[1], want.residual_out, f"{what} residual_out")
 
     def gradients(self, args: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]) -> oracle.Backward:
-        return oracle.rmsnorm_backward(self.forward(*args), args[-1], *cotangents, weight_offset=OPTIONS["weight_offset"])
+        return oracle.rmsnorm_backward(
+            self.forward(*args), args[-1], *cotangents, weight_offset=OPTIONS["weight_offset"]
+        )
 
     def check_gradients(self, args, cotangents, gradients, what: str = "") -> None:
         """Gradients of all arguments against the float64 formula; each in its argument's dtype and shape."""

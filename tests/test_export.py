@@ -8,18 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hlo
 import jax
+import needs
 import numpy as np
 import pytest
+import tolerances
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import hlo
-import jaxnorm
-import needs
-import tolerances
 from registry import OPS, with_gradients
 from transforms import data
+
+import jaxnorm
 
 ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 TARGETS = (("rocm", "gfx942"), ("rocm", "gfx950"), ("cuda", "sm_90"))
@@ -88,7 +88,7 @@ def test_one_artefact_for_three_platforms(op, kernels):
 @pytest.mark.compile
 def test_export_without_the_checks_is_refused(kernels):
     args, _ = data(OPS[0], 4)
-    with pytest.raises(ValueError, match="[Cc]ustom call"):
+    with pytest.raises(ValueError, match=r"[Cc]ustom call"):
         jax.export.export(jax.jit(OPS[0].function("triton")), platforms=["rocm"])(*args)
 
 
@@ -124,7 +124,13 @@ def test_transformations_do_not_multiply_launches(op, kernels):
         assert count(jax.vmap(f, axes), *args) == forward
         assert count(with_gradients(jax.vmap(f, axes)), args, cts) == both
         assert both <= count(with_gradients(jax.checkpoint(f)), args, cts) <= both + forward
-        assert count(lambda *a: jax.lax.fori_loop(0, 9, lambda i, c: (*f(*c, *a[len(c) :]), *c[len(cts) :]), a[: len(cts)]), *args) == forward
+        assert (
+            count(
+                lambda *a: jax.lax.fori_loop(0, 9, lambda i, c: (*f(*c, *a[len(c) :]), *c[len(cts) :]), a[: len(cts)]),
+                *args,
+            )
+            == forward
+        )
 
 
 @pytest.mark.compile
@@ -132,7 +138,9 @@ def test_export_of_a_donated_residual_keeps_the_alias(kernels):
     op = OPS[1]
     args, _ = data(op, 16)
     with jaxnorm.use_target(GPUS):
-        text = jax.jit(op.function("triton"), donate_argnums=1).trace(*args).lower(lowering_platforms=("rocm",)).as_text()
+        text = (
+            jax.jit(op.function("triton"), donate_argnums=1).trace(*args).lower(lowering_platforms=("rocm",)).as_text()
+        )
     assert re.search(r"tf\.aliasing_output = 1|jax\.buffer_donor = true", text)
 
 
@@ -180,9 +188,12 @@ def test_two_processes_lower_kernels_to_the_same_bytes(kernels, tmp_path):
     for seed in ("1", "2"):
         cwd = tmp_path / seed
         cwd.mkdir()
-        env = os.environ | {"PYTHONHASHSEED": seed, "JAXNORM_CACHE_DIR": str(cwd / "cache"), "TRITON_CACHE_DIR": str(cwd / "triton"),
-                            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", LOWER, here], env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        caches = {"JAXNORM_CACHE_DIR": str(cwd / "cache"), "TRITON_CACHE_DIR": str(cwd / "triton")}
+        env = os.environ | caches | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", LOWER, here], env=env, cwd=cwd, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
     assert outputs[0] and outputs[0] == outputs[1]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
-import cases
-import jaxnorm
 import oracle
+import pytest
 import tolerances
 from registry import with_gradients
 from workloads import check, cotangents, expected, function
 
+import jaxnorm
 
 
 def ids(works):
@@ -51,7 +50,7 @@ def test_many_rows_in_dweight():
 def test_backend_xla_is_what_cpu_runs():
     work = cases.Workload("xla", 200, rows=6, weight_offset=1.0).with_residual("float32")
     check(work, backend="xla")
-    args = [a for a in cases.arrays(work)]
+    args = cases.arrays(work)
     for a, b in zip(jax.jit(function(work, "xla"))(*args), jax.jit(function(work))(*args), strict=True):
         tolerances.assert_same_bits(a, b)
 
@@ -86,10 +85,14 @@ def test_special_rows(dtype, add):
     clean[bad] = np.ones((), x.dtype)
     clean_results, clean_gradients = run((clean, *rest), cts)
     tolerances.assert_same_bits(np.asarray(results[0])[good], np.asarray(clean_results[0])[good], "y beside a bad row")
-    tolerances.assert_same_bits(np.asarray(gradients[0])[good], np.asarray(clean_gradients[0])[good], "dx beside a bad row")
+    tolerances.assert_same_bits(
+        np.asarray(gradients[0])[good], np.asarray(clean_gradients[0])[good], "dx beside a bad row"
+    )
     wanted = oracle.rmsnorm_backward(expected(work, (clean, *rest)), w, *cts, weight_offset=1.0)
     rows = [i for i in good if cases.SPECIAL_ROWS[i] != "tiny"]
-    tolerances.assert_dx(np.asarray(clean_gradients[0])[rows], replace(wanted, dx=wanted.dx[rows], dx_terms=wanted.dx_terms[rows]))
+    tolerances.assert_dx(
+        np.asarray(clean_gradients[0])[rows], replace(wanted, dx=wanted.dx[rows], dx_terms=wanted.dx_terms[rows])
+    )
 
 
 def test_eps_is_inside_the_root():
@@ -113,7 +116,9 @@ def test_the_unrounded_sum_is_normed():
 @pytest.mark.parametrize("dtype", cases.FLOATS[:2])
 def test_the_inner_rounding_survives_compilation(dtype):
     """before_weight must differ from output where the oracle says so; a compiler that drops the rounding is caught here."""
-    work = cases.Workload("inner", 512, rows=8, x_dtype=dtype, weight_dtype="float32", out_dtype="float32", cast="before_weight")
+    work = cases.Workload(
+        "inner", 512, rows=8, x_dtype=dtype, weight_dtype="float32", out_dtype="float32", cast="before_weight"
+    )
     args = cases.arrays(work)
     got = np.asarray(jax.jit(function(work))(*args)[0])
     want, unrounded = expected(work, args), expected(replace(work, cast="output"), args)
@@ -134,8 +139,12 @@ def test_before_weight_keeps_float16_subnormals():
 
 OPTION_SETS = [
     cases.Workload("bits", 130, rows=9),
-    cases.Workload("bits", 130, rows=9, x_dtype="float32", weight_dtype="float32", weight_offset=1.0).with_residual("bfloat16"),
-    cases.Workload("bits", 130, rows=9, weight_dtype="float32", cast="before_weight", residual_rounding="input").with_residual("float16"),
+    cases.Workload("bits", 130, rows=9, x_dtype="float32", weight_dtype="float32", weight_offset=1.0).with_residual(
+        "bfloat16"
+    ),
+    cases.Workload(
+        "bits", 130, rows=9, weight_dtype="float32", cast="before_weight", residual_rounding="input"
+    ).with_residual("float16"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import hlo
 import jax
@@ -25,7 +25,7 @@ class Layout:
     name: str
     lead: tuple[int, ...]
     x: P
-    weight: P = P(None)
+    weight: P = field(default_factory=lambda: P(None))
 
     @property
     def row_shards(self) -> int:

@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 
-import ml_dtypes
-import numpy as np
-import pytest
-
 import cases
 import hlo
+import ml_dtypes
 import needs
+import numpy as np
 import oracle
+import pytest
 import tolerances
 
 BF16 = ml_dtypes.bfloat16
@@ -25,7 +24,9 @@ def one(value, dtype):
     return np.asarray([value], dtype)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, BF16, np.float32, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2]
+)
 def test_ulp_distance_of_hand_made_pairs(dtype):
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[np.dtype(dtype).itemsize]
 
@@ -58,13 +59,21 @@ def test_ulp_distance_refuses_other_dtypes_and_shapes():
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
 def test_round_to_is_nearest_even(name):
-    values = np.concatenate([cases.rng().standard_normal(20000) * 10.0 ** cases.rng(1).integers(-45, 38, 20000), [0.0, -0.0, np.inf, -np.inf, np.nan]])
+    values = np.concatenate(
+        [
+            cases.rng().standard_normal(20000) * 10.0 ** cases.rng(1).integers(-45, 38, 20000),
+            [0.0, -0.0, np.inf, -np.inf, np.nan],
+        ]
+    )
     got = oracle.round_to(values, name)
     assert got.dtype == cases.dtype(name)
     if name != "bfloat16":  # numpy's own conversions from float64 round once
         with np.errstate(all="ignore"):
             tolerances.assert_same_values(got, values.astype(got.dtype))
-    tie, just_above = 1.0 + 2.0**-8, 1.0 + 2.0**-8 + 2.0**-40  # through float32 the second would round twice, down to 1.0
+    tie, just_above = (
+        1.0 + 2.0**-8,
+        1.0 + 2.0**-8 + 2.0**-40,
+    )  # through float32 the second would round twice, down to 1.0
     assert float(oracle.round_to(np.float64(tie), "bfloat16")) == 1.0
     assert float(oracle.round_to(np.float64(just_above), "bfloat16")) == 1.0 + 2.0**-7
     assert float(oracle.round_to(np.float64(1.0 + 3 * 2.0**-8), "bfloat16")) == 1.0 + 2.0**-6
@@ -111,7 +120,9 @@ def test_assert_gradients_refuse():
     with pytest.raises(AssertionError):
         tolerances.assert_dx((dx.astype(np.float64) + np.eye(8, 64) * rms / 16).astype(BF16), backward)
     with pytest.raises(AssertionError):
-        tolerances.assert_dweight((backward.dweight + np.eye(1, 64)[0] * 2.0**-16 * backward.dweight_terms).astype(np.float32), backward)
+        tolerances.assert_dweight(
+            (backward.dweight + np.eye(1, 64)[0] * 2.0**-16 * backward.dweight_terms).astype(np.float32), backward
+        )
     with pytest.raises(AssertionError):
         tolerances.assert_dweight((backward.dweight * 2).astype(np.float32), backward)
 
@@ -190,7 +201,12 @@ def test_hlo_counter_on_known_collectives():
         out = (jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((16,), jnp.float32))
         return jax.ffi.ffi_call("lapack_sgeqrf_ffi", out)(x)[0]
 
-    gather = jax.jit(lambda a: jax.lax.with_sharding_constraint(a * 2, NamedSharding(mesh, P(None, None)))).lower(x).compile().as_text()
+    gather = (
+        jax.jit(lambda a: jax.lax.with_sharding_constraint(a * 2, NamedSharding(mesh, P(None, None))))
+        .lower(x)
+        .compile()
+        .as_text()
+    )
     assert [(c.kind, c.bytes) for c in hlo.collectives(gather)] == [("all-gather", 16 * 32 * 4)]
     total = jax.jit(lambda a: a.sum(0)).lower(x).compile().as_text()
     assert [(c.kind, c.bytes, c.dtypes) for c in hlo.collectives(total)] == [("all-reduce", 32 * 4, ("f32",))]

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import needs
 import numpy as np
 import pytest
-
-import needs
 from registry import OPS, device_arrays
 from transforms import CHECKS, data
 
@@ -61,14 +60,20 @@ from transforms import data
 for op in OPS:
     args, cts = data(op, 4, 6)
     lowered = jax.jit(with_gradients(op.function())).lower(args, cts)
-    print(hashlib.sha256(lowered.as_text().encode()).hexdigest(), hashlib.sha256(lowered.as_text(dialect="hlo").encode()).hexdigest())
+    for text in (lowered.as_text(), lowered.as_text(dialect="hlo")):
+        print(hashlib.sha256(text.encode()).hexdigest())
 """
 
 
 def test_two_processes_lower_to_the_same_bytes():
     here = str(Path(__file__).parent)
     children = [
-        subprocess.Popen([sys.executable, "-c", LOWER, here], env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", LOWER, here],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for seed in ("1", "2")
     ]
     first, second = (child.communicate(timeout=240)[0] for child in children)

@@ -6,9 +6,7 @@ A bound is widened only with its derivation beside it.
 from __future__ import annotations
 
 import numpy as np
-
 import oracle
-from cases import dtype
 
 _BITS = {1: np.int8, 2: np.int16, 4: np.int32}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -50,13 +48,18 @@ def ulp(values: np.ndarray, name: str) -> np.ndarray:
 
 def _fail(what: str, got, want, bad: np.ndarray, detail: str) -> None:
     index = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise AssertionError(f"{what}: {int(bad.sum())} of {bad.size} elements wrong ({detail}); first at {index}: got {got[index]!r}, want {want[index]!r}")
+    raise AssertionError(
+        f"{what}: {int(bad.sum())} of {bad.size} elements wrong ({detail}); "
+        f"first at {index}: got {got[index]!r}, want {want[index]!r}"
+    )
 
 
 def assert_same_bits(got, want, what: str = "") -> None:
     """Bitwise equality, the sign of zero and the payload of NaN included."""
     got, want = np.asarray(got), np.asarray(want)
-    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype}{got.shape} is not {want.dtype}{want.shape}"
+    assert got.dtype == want.dtype and got.shape == want.shape, (
+        f"{what}: {got.dtype}{got.shape} is not {want.dtype}{want.shape}"
+    )
     bad = (bits(got) != bits(want)).reshape(got.shape)
     if bad.any():
         _fail(what, got, want, bad, "bits differ")
@@ -73,7 +76,9 @@ def assert_y(got, forward: oracle.Forward, cast: str = "output", what: str = "y"
     """y of the RMSNorm family against its oracle; the padded tail bitwise +0."""
     got = np.asarray(got)
     want = forward.result
-    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype}{got.shape} is not {want.dtype}{want.shape}"
+    assert got.dtype == want.dtype and got.shape == want.shape, (
+        f"{what}: {got.dtype}{got.shape} is not {want.dtype}{want.shape}"
+    )
     features = forward.y.shape[-1]
     assert not bits(got[..., features:]).any(), f"{what}: the padded tail is not all +0"
     got, want = got[..., :features], want[..., :features]
@@ -85,7 +90,12 @@ def assert_y(got, forward: oracle.Forward, cast: str = "output", what: str = "y"
     if want.dtype == np.float32 and cast == "output":
         with np.errstate(all="ignore"):
             error = np.abs(f64(got) - forward.y)
-            bad = ~((error <= 2.0**-20 * np.abs(forward.y)) | (f64(got) == forward.y) | (np.isnan(got) & np.isnan(forward.y)) | excused)
+            bad = ~(
+                (error <= 2.0**-20 * np.abs(forward.y))
+                | (f64(got) == forward.y)
+                | (np.isnan(got) & np.isnan(forward.y))
+                | excused
+            )
             # beyond the largest float32 the rounded oracle is infinite; so must the result be
             bad &= ~(np.isinf(want) & (got == want))
         if bad.any():
@@ -134,7 +144,11 @@ def assert_dx(got, backward: oracle.Backward, what: str = "dx") -> None:
         scale = np.maximum(np.abs(want), np.sqrt(np.mean(want * want, -1, keepdims=True)))
         bound = 2.0**-20 * scale if got.dtype == np.float32 else 2 * ulp(scale, got.dtype.name)
         error = np.abs(f64(got) - want)
-        bad = ~((error <= bound + 2.0**-22 * backward.dx_terms + SMALLEST_NORMAL) | (np.isnan(want) & np.isnan(got)) | (f64(got) == want))
+        bad = ~(
+            (error <= bound + 2.0**-22 * backward.dx_terms + SMALLEST_NORMAL)
+            | (np.isnan(want) & np.isnan(got))
+            | (f64(got) == want)
+        )
     if bad.any():
         _fail(what, got, want, bad, f"worst {float(np.nanmax(error / bound)):.2f} of the bound")
 
@@ -154,8 +168,3 @@ def assert_dweight(got, backward: oracle.Backward, what: str = "dweight") -> Non
 
 def f64(a) -> np.ndarray:
     return np.asarray(a).astype(np.float64)
-
-
-__all__ = [
-    "FAR", "assert_dweight", "assert_dx", "assert_same_bits", "assert_same_values", "assert_y", "bits", "dtype", "ulp", "ulp_distance",
-]  # fmt: skip

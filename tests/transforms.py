@@ -9,14 +9,13 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tolerances
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-
-import hlo
-import tolerances
 from registry import MIXED, Op, device_arrays, with_gradients
 
 FEATURES = 96
@@ -172,7 +171,9 @@ def check_pmap(op: Op, backend: str | None) -> None:
         mine = tuple(a[i] if rows else a for a, rows in zip(args, op.per_row, strict=True))
         picked = [np.asarray(r)[i] for r in results], [np.asarray(g)[i] for g in gradients]
         _verify(op, mine, [c[i] for c in cts], *picked, f"pmap, device {i}")
-    results, gradients = with_gradients(jax.pmap(op.function(backend), in_axes=axes))(device_arrays(args), device_arrays(cts))
+    results, gradients = with_gradients(jax.pmap(op.function(backend), in_axes=axes))(
+        device_arrays(args), device_arrays(cts)
+    )
     _verify(op, args, cts, results, gradients, "grad(pmap)")
 
 
@@ -191,7 +192,9 @@ def check_shard_map(op: Op, backend: str | None, check_vma: bool) -> None:
     """Gradient of the shard_map: dweight is the sum over all shards, counted once."""
     args, cts = data(op, 8, 4)
     spec = P("dp", "tp", None)
-    f = jax.shard_map(op.function(backend), mesh=mesh(), in_specs=_specs(op, spec), out_specs=(spec,) * len(cts), check_vma=check_vma)
+    f = jax.shard_map(
+        op.function(backend), mesh=mesh(), in_specs=_specs(op, spec), out_specs=(spec,) * len(cts), check_vma=check_vma
+    )
     _verify(op, args, cts, *jax.jit(with_gradients(f))(args, cts), f"shard_map check_vma={check_vma}")
 
 
@@ -207,7 +210,9 @@ def check_grad_inside_shard_map(op: Op, backend: str | None) -> None:
 
     def summed(args, cts):
         results, gradients = both(args, cts)
-        return results, tuple(g if r else jax.lax.psum(g, ("dp", "tp")) for g, r in zip(gradients, op.per_row, strict=True))
+        return results, tuple(
+            g if r else jax.lax.psum(g, ("dp", "tp")) for g, r in zip(gradients, op.per_row, strict=True)
+        )
 
     f = jax.shard_map(summed, mesh=m, in_specs=(rows, outs), out_specs=(outs, rows), check_vma=False)
     _verify(op, args, cts, *jax.jit(f)(args, cts), "grad inside shard_map, check_vma=False, psum by the caller")
@@ -220,11 +225,18 @@ def check_vma_refuses_wrong_out_specs(op: Op, backend: str | None) -> None:
     args, cts = data(op, 8, 4)
     spec, m = P("dp", None, None), mesh()
     rows, outs = _specs(op, spec), (spec,) * len(cts)
-    claims = [(jax.shard_map(op.function(backend), mesh=m, in_specs=rows, out_specs=tuple(P() if i == j else spec for j in range(len(cts)))), args)
-              for i in range(len(cts))]  # fmt: skip
+    claims = []
+    for i in range(len(cts)):
+        wrong = tuple(P() if i == j else spec for j in range(len(cts)))
+        claims.append((jax.shard_map(op.function(backend), mesh=m, in_specs=rows, out_specs=wrong), args))
     for i in range(sum(op.per_row)):
         wrong = tuple(P() if i == j else s for j, s in enumerate(rows))
-        f = jax.shard_map(lambda *a: with_gradients(op.function(backend))(a[: len(rows)], a[len(rows) :])[1], mesh=m, in_specs=(*rows, *outs), out_specs=wrong)
+        f = jax.shard_map(
+            lambda *a: with_gradients(op.function(backend))(a[: len(rows)], a[len(rows) :])[1],
+            mesh=m,
+            in_specs=(*rows, *outs),
+            out_specs=wrong,
+        )
         claims.append((f, (*args, *cts)))
     for f, operands in claims:
         try:
@@ -280,7 +292,7 @@ def check_named_scope(op: Op, backend: str | None) -> None:
     forward = jax.jit(op.function(backend)).lower(*args).compile().as_text()
     assert op.name in hlo.scopes(forward), hlo.scopes(forward)
     pull = jax.jit(lambda a, c: with_gradients(op.function(backend))(a, c)[1]).lower(args, cts).compile().as_text()
-    assert any(op.name in s and "bwd" in s or s == op.name for s in hlo.scopes(pull)), hlo.scopes(pull)
+    assert any((op.name in s and "bwd" in s) or s == op.name for s in hlo.scopes(pull)), hlo.scopes(pull)
 
 
 def check_strict_promotion_and_x64(op: Op, backend: str | None) -> None:
@@ -305,7 +317,9 @@ def check_transposed_and_sliced_inputs(op: Op, backend: str | None) -> None:
     args, _ = data(op, 6, 4)
     f = op.function(backend)
     want = jax.jit(f)(*args)
-    turned = tuple(np.ascontiguousarray(np.swapaxes(a, 0, -1)) if rows else a for a, rows in zip(args, op.per_row, strict=True))
+    turned = tuple(
+        np.ascontiguousarray(np.swapaxes(a, 0, -1)) if rows else a for a, rows in zip(args, op.per_row, strict=True)
+    )
     wider = tuple(np.concatenate([a, a], -1) for a in args)
     turn = jax.jit(lambda *a: f(*(jnp.swapaxes(v, 0, -1) if r else v for v, r in zip(a, op.per_row, strict=True))))
     cut = jax.jit(lambda *a: f(*(v[..., : v.shape[-1] // 2] for v in a)))

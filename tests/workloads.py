@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import cases
 import jax
 import numpy as np
-
-import cases
-import jaxnorm
 import oracle
 import tolerances
 from registry import with_gradients
+
+import jaxnorm
 
 
 def function(work: cases.Workload, backend: str | None = None):

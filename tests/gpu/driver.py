@@ -12,9 +12,9 @@ import re
 
 import jax
 import numpy as np
+from jaxnorm.kernels.configs import Problem
 
 from jaxnorm import _launch
-from jaxnorm.kernels.configs import Problem
 
 GUARD = 4096
 """Bytes before the first buffer and at least as many after each."""
@@ -54,10 +54,20 @@ class Driver:
         self("hipFree" if self.hip else "cuMemFree_v2", pointer)
 
     def upload(self, pointer: ctypes.c_void_p, data: np.ndarray) -> None:
-        self("hipMemcpyHtoD" if self.hip else "cuMemcpyHtoD_v2", pointer, ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes))
+        self(
+            "hipMemcpyHtoD" if self.hip else "cuMemcpyHtoD_v2",
+            pointer,
+            ctypes.c_void_p(data.ctypes.data),
+            ctypes.c_size_t(data.nbytes),
+        )
 
     def download(self, data: np.ndarray, pointer: ctypes.c_void_p) -> None:
-        self("hipMemcpyDtoH" if self.hip else "cuMemcpyDtoH_v2", ctypes.c_void_p(data.ctypes.data), pointer, ctypes.c_size_t(data.nbytes))
+        self(
+            "hipMemcpyDtoH" if self.hip else "cuMemcpyDtoH_v2",
+            ctypes.c_void_p(data.ctypes.data),
+            pointer,
+            ctypes.c_size_t(data.nbytes),
+        )
 
     def launch(self, code, grid, layout: str, scalars: list[int], pointers: list[int]) -> None:
         """``layout`` as for the library's launcher; two null pointers follow."""
@@ -72,7 +82,9 @@ class Driver:
             if kind in "pn":
                 values.append(ctypes.c_void_p(next(buffers) if kind == "p" else None))
             else:
-                values.append(ctypes.c_int64(next(numbers)) if kind == "l" else ctypes.c_uint32(next(numbers) & 0xFFFFFFFF))
+                values.append(
+                    ctypes.c_int64(next(numbers)) if kind == "l" else ctypes.c_uint32(next(numbers) & 0xFFFFFFFF)
+                )
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         name = "hipModuleLaunchKernel" if self.hip else "cuLaunchKernel"
         self(name, function, *map(ctypes.c_uint, (*grid, code.threads, 1, 1, code.shared)), None, parameters, None)
@@ -80,13 +92,17 @@ class Driver:
         self("hipModuleUnload" if self.hip else "cuModuleUnload", module)
 
 
-def run_guarded(driver: Driver, backend: str, problem: Problem, operands: dict[str, np.ndarray], fill: int) -> dict[str, np.ndarray]:
+def run_guarded(
+    driver: Driver, backend: str, problem: Problem, operands: dict[str, np.ndarray], fill: int
+) -> dict[str, np.ndarray]:
     """Run all launches of a stage in an arena filled with the byte ``fill``; results by name.
 
     Buffers start on 256 bytes, as XLA's do, and end where they end. Asserts that no byte outside of a launch's outputs changed.
     ``fill`` = 0xFF is NaN in every float format, so a value read from a guard shows in the results.
     """
-    plan = importlib.import_module(f"jaxnorm.kernels.configs.{re.sub('_(fwd|bwd)$', '', problem.stage)}_{backend}").plan(problem)
+    plan = importlib.import_module(
+        f"jaxnorm.kernels.configs.{re.sub('_(fwd|bwd)$', '', problem.stage)}_{backend}"
+    ).plan(problem)
     shapes = dict(problem.shapes) | {name: shape for launch in plan for name, shape, _ in launch.temps}
     dtypes = dict(problem.dtypes) | {name: dtype for launch in plan for name, _, dtype in launch.temps}
     size = lambda name: int(np.prod(shapes[name], dtype=np.int64)) * _numpy(dtypes[name]).itemsize  # noqa: E731
@@ -115,7 +131,9 @@ def run_guarded(driver: Driver, backend: str, problem: Problem, operands: dict[s
                 span = slice(offsets[name], offsets[name] + size(name))
                 host[span] = after[span]
             changed = np.flatnonzero(host != after)
-            assert not len(changed), f"{launch.kernel} wrote {len(changed)} bytes outside of its results: {_where(int(changed[0]), offsets, size)}"
+            assert not len(changed), (
+                f"{launch.kernel} wrote {len(changed)} bytes outside of its results: {_where(int(changed[0]), offsets, size)}"
+            )
             known |= dict.fromkeys(outputs)
     finally:
         driver.free(arena)

@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import needs
+import pytest
 
 pytestmark = pytest.mark.gpu
 backends = pytest.mark.parametrize("backend", ["triton", "hip"])
@@ -37,8 +36,12 @@ print("HLO_COMMAND_BUFFERS", compiled.as_text().count("command_buffer"))
 
 
 def python(code: str, *argv: str, **env: str) -> str:
-    child_env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])} | env
-    done = subprocess.run([sys.executable, "-c", code, *argv], env=child_env, capture_output=True, text=True, timeout=300)
+    child_env = (
+        os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])} | env
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], env=child_env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -53,11 +56,15 @@ def test_calls_are_captured_in_command_buffers(backend, tmp_path):
     seen, bits = {}, {}
     for name, extra in (("on", "--xla_gpu_graph_min_graph_size=1"), ("off", "--xla_gpu_enable_command_buffer=")):
         dump = tmp_path / name
-        out = python(CHAIN, backend, str(HERE.parent), XLA_FLAGS=f"{flags} {extra} --xla_dump_to={dump} --xla_dump_hlo_as_text")
+        out = python(
+            CHAIN, backend, str(HERE.parent), XLA_FLAGS=f"{flags} {extra} --xla_dump_to={dump} --xla_dump_hlo_as_text"
+        )
         bits[name] = re.search(r"BITS (\w+)", out)[1]
         texts = [p.read_text(errors="replace") for p in dump.rglob("*chain*") if "thunk" in p.name and p.is_file()]
         thunks = [line for text in texts for line in text.splitlines()]
-        buffers = sum("kCommandBuffer" in line for line in thunks) + int(re.search(r"HLO_COMMAND_BUFFERS (\d+)", out)[1])
+        buffers = sum("kCommandBuffer" in line for line in thunks) + int(
+            re.search(r"HLO_COMMAND_BUFFERS (\d+)", out)[1]
+        )
         seen[name] = buffers, sorted(p.name for p in dump.rglob("*"))[:20]
     assert bits["on"] == bits["off"]
     assert seen["off"][0] == 0, seen["off"]
@@ -91,7 +98,9 @@ def test_triton_roads(road):
     import jaxlib.version
 
     if road == "jaxlib":
-        needs.need("jaxlib_image", tuple(map(int, jaxlib.version.__version__.split(".")[:3])) >= (0, 11, 2), "jaxlib >= 0.11.2")
+        needs.need(
+            "jaxlib_image", tuple(map(int, jaxlib.version.__version__.split(".")[:3])) >= (0, 11, 2), "jaxlib >= 0.11.2"
+        )
     if road == "jax-triton":
         needs.need("jax_triton", importlib.util.find_spec("jax_triton") is not None, "jax-triton is not installed")
     out = python(ROAD, road, str(HERE.parent), JAXNORM_TRITON_BRIDGE=road)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from driver import Driver, run_guarded
-
 import cases
-import jaxnorm
+import numpy as np
 import oracle
+import pytest
 import tolerances
+from driver import Driver, run_guarded
 from jaxnorm.kernels.configs import Problem
+
+import jaxnorm
 
 pytestmark = pytest.mark.gpu
 FILLS = (0xFF, 0xCC)  # NaN in every float format; a finite pattern
@@ -65,7 +65,9 @@ def test_guard_bytes(case, fill, backend, driver):
     results += [("rstd", (rows,), "float32")]
     options = {"eps": 1e-6, "weight_offset": 0.0, "cast": "output", "residual_rounding": "float32"}
     try:
-        got = run_guarded(driver, backend, _problem("rmsnorm_fwd", rows, features, operands, results, options), operands, fill)
+        got = run_guarded(
+            driver, backend, _problem("rmsnorm_fwd", rows, features, operands, results, options), operands, fill
+        )
     except jaxnorm.UnsupportedError as e:
         pytest.fail(f"a shape that every backend must serve: {e}")
     want = (oracle.add_rmsnorm if residual_dtype else oracle.rmsnorm)(*arrays, **work.options)
@@ -76,8 +78,13 @@ def test_guard_bytes(case, fill, backend, driver):
 
     g = cases.rng(4)
     dy = cases.normal(g, (rows, padded), x_dtype)
-    saved = {"n": want.residual_out if residual_dtype else arrays[0], "weight": arrays[-1], "rstd": want.rstd[:, 0].astype(np.float32), "dy": dy,
-             "dresidual_out": cases.normal(g, (rows, features), residual_dtype) if residual_dtype else None}  # fmt: skip
+    saved = {
+        "n": want.residual_out if residual_dtype else arrays[0],
+        "weight": arrays[-1],
+        "rstd": want.rstd[:, 0].astype(np.float32),
+        "dy": dy,
+        "dresidual_out": cases.normal(g, (rows, features), residual_dtype) if residual_dtype else None,
+    }
     saved = {k: v for k, v in saved.items() if v is not None}
     results = [("dx", (rows, features), x_dtype)]
     results += [("dresidual", (rows, features), residual_dtype)] if residual_dtype not in (None, x_dtype) else []

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import needs
+import pytest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 
 
 def _tool() -> str | None:
-    return shutil.which("compute-sanitizer") or next((f for p in PLACES if (f := shutil.which("compute-sanitizer", path=p))), None)
+    return shutil.which("compute-sanitizer") or next(
+        (f for p in PLACES if (f := shutil.which("compute-sanitizer", path=p))), None
+    )
 
 
 @pytest.mark.parametrize("backend", ["triton", "hip"])
@@ -31,7 +31,20 @@ def test_compute_sanitizer(tool, backend):
     needs.need("compute_sanitizer", binary is not None, "compute-sanitizer is not installed")
     script = Path(__file__).with_name("sanitize.py")
     only = ["--kernel-name", "regex:.*norm.*"] if tool == "initcheck" else []
-    done = subprocess.run([binary, "--tool", tool, "--error-exitcode", "9", *only, sys.executable, str(script), "--backend", backend],
-                          capture_output=True, text=True, timeout=900, env=os.environ)  # fmt: skip
+    command = [
+        binary,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        *only,
+        sys.executable,
+        str(script),
+        "--backend",
+        backend,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr or "0 hazards" in done.stdout + done.stderr, done.stdout[-2000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr or "0 hazards" in done.stdout + done.stderr, (
+        done.stdout[-2000:]
+    )

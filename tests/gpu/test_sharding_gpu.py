@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import hlo
 import jax
+import needs
 import numpy as np
 import pytest
+import tolerances
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-import hlo
-import needs
-import tolerances
 from registry import OPS, device_arrays, with_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]

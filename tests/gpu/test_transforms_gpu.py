@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import hlo
 import jax
 import jax.numpy as jnp
+import needs
 import numpy as np
 import pytest
-
-import hlo
-import needs
 import tolerances
 from registry import OPS, with_gradients
 from transforms import CHECKS, data

@@ -1,0 +1,66 @@
+"""Deliberate defects: each is applied to a copy of the library and must be found by the named tests.
+
+A mutant that survives is a missing test. Run by test_mutants.py (slow).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REF = "jaxnorm/_ref/rmsnorm.py"
+COMMON = "jaxnorm/_ref/_common.py"
+API = "jaxnorm/_api/rmsnorm.py"
+SHARDING = "jaxnorm/_sharding.py"
+COMPAT = "jaxnorm/_compat.py"
+OP = "jaxnorm/_op.py"
+LAUNCH = "jaxnorm/_launch.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str
+    """Must be in the file exactly once."""
+    new: str
+    killed_by: str
+    """Arguments of pytest: the smallest selection that must fail."""
+
+
+NUMERICS = "tests/test_rmsnorm.py -k "
+MUTANTS = (
+    Mutant("mean over the padded N", REF, "row_sum(n * n, axes) / features + eps", "row_sum(n * n, axes) / width + eps", NUMERICS + "pad64"),
+    Mutant("eps outside the root", REF, "jax.lax.rsqrt(row_sum(n * n, axes) / features + eps)",
+           "1 / (jax.lax.sqrt(row_sum(n * n, axes) / features) + eps)", NUMERICS + "eps_is_inside"),
+    Mutant("offset forgotten in the backward", REF, "gw = g if weight is None else g * (f32(weight) + weight_offset)",
+           "gw = g if weight is None else g * f32(weight)", NUMERICS + "test_dtypes"),
+    Mutant("weight twice in dx", REF, "ds = r * (gw - xh", "ds = r * (gw * (1 if weight is None else f32(weight)) - xh", NUMERICS + "test_dtypes"),
+    Mutant("residual cotangent dropped", REF, "if dresidual_out is not None:", "if False:", NUMERICS + "test_dtypes"),
+    Mutant("residual read rounded", REF, 'if residual_rounding == "input":', "if True:", NUMERICS + "unrounded_sum"),
+    Mutant("residual never read rounded", REF, 'if residual_rounding == "input":', "if False:", NUMERICS + "unrounded_sum"),
+    Mutant("inner rounding dropped", REF, 'if cast == "before_weight":', "if False:", NUMERICS + "inner_rounding"),
+    Mutant("weight read as bf16", REF, "        y = y * (f32(weight) + weight_offset)",
+           "        y = y * (f32(weight.astype(jnp.bfloat16)) + weight_offset)", NUMERICS + "test_dtypes"),
+    Mutant("result rounded twice", REF, 'pad_last(y.astype(out_dtype), width)', 'pad_last(y.astype(x.dtype).astype(out_dtype), width)',
+           NUMERICS + "out-f32"),
+    Mutant("sum of a row by jnp.sum", REF, "row_sum(n * n, axes) / features + eps", "jnp.sum(n * n, -1, keepdims=True) / features + eps",
+           "tests/test_batch_invariance.py"),
+    Mutant("psum of dw forgotten", SHARDING, "jax.lax.psum(o, row_axes) if call.is_row_sum(r[0]) else o", "o", "tests/test_sharding.py -k rows_sharded"),
+    Mutant("psum of dw doubled", SHARDING, "jax.lax.psum(o, row_axes) if call.is_row_sum(r[0]) else o",
+           "jax.lax.psum(o, row_axes) * 2 if call.is_row_sum(r[0]) else o", "tests/test_sharding.py -k rows_sharded"),
+    Mutant("leading dims folded outside", OP, "    return tuple(_partitioned(call)(*operands))",
+           "    return _folded(call, operands)\n\n\ndef _folded(call, operands):\n    lead = operands[0].shape[:-1]\n"
+           "    flat = [a.reshape(-1, *a.shape[len(lead) :]) if '...' in call.dims(n) else a for n, a in zip(call.names, operands)]\n"
+           "    out = _partitioned(call)(*flat)\n"
+           "    return tuple(o.reshape(call.result_shape(r[0], lead)) for r, o in zip(call.results, out))",
+           "tests/test_sharding.py -k rows_sharded"),
+    Mutant("features gathered", SHARDING, "spec[-1] if len(call.sizes) == 1 else None", "None", "tests/test_sharding.py -k features_sharded"),
+    Mutant("result type without the varying axes", COMPAT, "    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=replicated)",
+           "    return jax.core.ShapedArray(shape, dtype)", "tests/test_transforms.py -k 'wrong_out_specs or shard_map_vma'"),
+    Mutant("vmap rule ignores batched weights", OP, "shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))", "shared = True",
+           "tests/test_transforms.py -k vmap_weights"),
+    Mutant("no named scope", API, "jax.named_scope(config.op)", 'jax.named_scope("norm")', "tests/test_transforms.py -k named_scope"),
+    Mutant("another backend in silence", "jaxnorm/_dispatch.py", 'if named in (None, "xla"):', "if True:", "tests/test_errors.py -k kernel_backends"),
+    Mutant("dweight in float32 for every weight", API, 'out["dweight"].astype(weight.dtype)', 'out["dweight"]', NUMERICS + "test_dtypes"),
+    Mutant("tail cotangent counted", REF, "f32(dy[..., : n.shape[-1]])", "f32(dy[..., : n.shape[-1]]) + 0 * f32(dy[..., -1:])", NUMERICS + "pad64"),
+)  # fmt: skip

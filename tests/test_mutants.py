@@ -1,0 +1,46 @@
+"""Every mutant of mutants.py is found by its tests, on a private copy of the checkout."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mutants import MUTANTS
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The checkout without its history; mutants are applied to it and undone one after the other."""
+    target = tmp_path_factory.mktemp("mutants") / "checkout"
+    skipped = shutil.ignore_patterns(".git", "__pycache__", ".build", "build", "*.egg-info", ".venv*", "site", "docs", "benchmarks")
+    shutil.copytree(ROOT, target, ignore=skipped)
+    return target
+
+
+def run(copy: Path, selection: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(selection)]
+    return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
+def test_a_defect_is_found(mutant, copy):
+    file = copy / mutant.file
+    text = file.read_text()
+    assert text.count(mutant.old) == 1, f"the mutant does not fit {mutant.file} any more: mend mutants.py"
+    file.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        done = run(copy, mutant.killed_by)
+    finally:
+        file.write_text(text)
+    assert done.returncode == 1, f"survived, or nothing ran (pytest returned {done.returncode}):\n{done.stdout[-3000:]}"
+    assert " failed" in done.stdout, done.stdout[-3000:]
