@@ -3,6 +3,8 @@
 A mutant that survives is a missing test. Run by test_mutants.py (slow).
 """
 
+# ruff: noqa: E501 -- the code of a mutant stands on one line
+
 from __future__ import annotations
 
 from dataclasses import dataclass

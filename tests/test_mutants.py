@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from mutants import MUTANTS
 
 pytestmark = pytest.mark.slow
@@ -21,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def copy(tmp_path_factory):
     """The checkout without its history; mutants are applied to it and undone one after the other."""
     target = tmp_path_factory.mktemp("mutants") / "checkout"
-    skipped = shutil.ignore_patterns(".git", "__pycache__", ".build", "build", "*.egg-info", ".venv*", "site", "docs", "benchmarks")
+    skipped = shutil.ignore_patterns(
+        ".git", "__pycache__", ".build", "build", "*.egg-info", ".venv*", "site", "docs", "benchmarks"
+    )
     shutil.copytree(ROOT, target, ignore=skipped)
     return target
 

@@ -210,3 +210,24 @@ def test_inside_a_sharded_program(op):
     compiled = jax.jit(layer, in_shardings=shardings).lower(*args).compile()
     assert hlo.collectives(compiled.as_text()) == []
     np.testing.assert_allclose(compiled(*args)[0], op.forward(*args).y, rtol=1e-4, atol=1e-5)
+
+
+@ops
+@meshes
+def test_partially_manual_shard_map(op, kind):
+    """shard_map over dp alone, with the second dim of x sharded over tp inside: right, and nothing is gathered."""
+    mesh = make_mesh(kind)
+    args = op.make((8, 4), FEATURES)
+    cts = op.cotangents(args)
+    manual, full = P("dp", None, None), NamedSharding(mesh, P("dp", "tp", None))
+    specs = tuple(manual if rows else P(None) for rows in op.per_row)
+    f = jax.shard_map(op.function(), mesh=mesh, in_specs=specs, out_specs=(manual,) * len(cts), axis_names={"dp"})
+    with jax.set_mesh(mesh):
+        vector = NamedSharding(mesh, P(None))
+        placed = tuple(jax.device_put(a, full if rows else vector) for a, rows in zip(args, op.per_row, strict=True))
+        cotangents = tuple(jax.device_put(c, full) for c in cts)
+        forward = jax.jit(f).lower(*placed).compile()
+        results, gradients = jax.jit(with_gradients(f))(placed, cotangents)
+    op.check(args, [np.asarray(r) for r in results])
+    op.check_gradients(args, cts, [np.asarray(g) for g in gradients])
+    assert hlo.collectives(forward.as_text()) == []
