@@ -288,9 +288,11 @@ template <class S, class X, class W, class Y, int P, bool BEFORE, bool EARLY> st
     store_bits(y + (row * P + column) * Y::size, narrow<Y, V>(f));
   }
   JN_DEV void finish(u64 row, int lane) const {
+    if constexpr (P > S::N) {
 #pragma unroll 1
-    for (int column = S::N + lane * V; column < P; column += S::LANES * V)
-      store_bits(y + (row * P + column) * Y::size, zero_bits<Y::size * V>());
+      for (int column = S::N + lane * V; column < P; column += S::LANES * V)
+        store_bits(y + (row * P + column) * Y::size, zero_bits<Y::size * V>());
+    }
   }
 };
 

@@ -188,7 +188,7 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
   float* sums = (float*)memory;
   const RowInputs<S, X, G, R> in{p.x, p.g, p.r, p.rstd, g_stride, lane, thread, S::TILED ? int(block_y()) * S::TILE : 0};
   Weights<S, W, HELD> weights{p.weight, offset};
-  Pipe pipe(in, memory + 2 * S::Sum::bytes);
+  Pipe pipe(in, memory + (S::TILED ? 0 : 2 * S::Sum::bytes));
 
   const u64 base = u64(block_x()) * S::GROUPS, stride = u64(programs) * S::GROUPS;
 #pragma unroll

@@ -1,0 +1,154 @@
+// Runs unmodified kernel bodies on the CPU, one fiber per thread of a block. For tests only.
+//
+// A fiber runs until it meets a barrier or a shuffle and then yields. This proves indexing, tails, reductions, arithmetic, and that
+// all threads reach each barrier (it aborts otherwise); not memory order, hardware conversions or speed. To show more than one
+// lucky order: fibers run forwards, backwards or shuffled; shared memory is filled with NaN before every block; an asynchronous
+// copy happens as late as the kernel allows, when it is waited for.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+namespace simt {
+
+struct Dim3 { unsigned x = 1, y = 1; };
+enum class Order { kForward, kReverse, kShuffled };
+enum class Wait { kNone, kBarrier, kShuffle };
+
+struct Copy { unsigned char* to; const char* from; int bytes; };
+struct Fiber {
+  static constexpr size_t kStack = 1 << 17;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool done = false;
+  Wait wait = Wait::kNone;
+  std::vector<Copy> open;                  // copies not yet committed
+  std::vector<std::vector<Copy>> groups;   // committed, oldest first
+};
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline int wave = 32, current = 0;
+inline Dim3 block_index;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+inline std::vector<float> exchange;
+inline std::vector<int> distance;
+inline std::vector<unsigned char> shared_bytes;
+inline unsigned char* shared_start = nullptr;
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "simt: %s (block %u, %u, thread %d)\n", what, block_index.x, block_index.y, current);
+  abort();
+}
+
+inline int thread() { return current; }
+inline Dim3 block() { return block_index; }
+inline unsigned char* shared() { return shared_start; }
+inline void yield(Wait why) {
+  Fiber& f = *fibers[current];
+  f.wait = why;
+  swapcontext(&f.context, &scheduler);
+}
+inline void barrier() { yield(Wait::kBarrier); }
+inline float shuffle_xor(float v, int mask) {
+  const int t = current;
+  exchange[t] = v;
+  distance[t] = mask;
+  yield(Wait::kShuffle);  // every lane has written
+  const float r = exchange[t / wave * wave + (t % wave ^ mask)];
+  if (distance[t / wave * wave + (t % wave ^ mask)] != mask) fail("lanes of a wave shuffle over different distances");
+  yield(Wait::kShuffle);  // every lane has read
+  return r;
+}
+
+inline void async_copy(unsigned char* to, const char* from, int bytes) { fibers[current]->open.push_back({to, from, bytes}); }
+inline void async_commit() {
+  Fiber& f = *fibers[current];
+  f.groups.push_back(std::move(f.open));
+  f.open.clear();
+}
+inline void async_wait(int pending) {
+  Fiber& f = *fibers[current];
+  while (int(f.groups.size()) > pending) {
+    for (const Copy& c : f.groups.front()) memcpy(c.to, c.from, size_t(c.bytes));
+    f.groups.erase(f.groups.begin());
+  }
+}
+
+inline void entry() {
+  body();
+  fibers[current]->done = true;
+  swapcontext(&fibers[current]->context, &scheduler);
+}
+inline void resume(int t) {
+  current = t;
+  fibers[t]->wait = Wait::kNone;
+  swapcontext(&scheduler, &fibers[t]->context);
+}
+inline bool all(int from, int count, Wait wait) {
+  for (int t = from; t < from + count; ++t)
+    if (fibers[t]->done || fibers[t]->wait != wait) return false;
+  return true;
+}
+
+inline void run_block(int threads, const std::vector<int>& order) {
+  for (int t = 0; t < threads; ++t) {
+    Fiber& f = *fibers[t];
+    f.done = false;
+    f.open.clear();
+    f.groups.clear();
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = Fiber::kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, entry, 0);
+  }
+  for (int t : order) resume(t);
+  for (;;) {
+    bool progress = false;
+    for (int w = 0; w < threads; w += wave) {
+      if (!all(w, wave, Wait::kShuffle)) continue;
+      progress = true;
+      for (int t : order)
+        if (t >= w && t < w + wave) resume(t);
+    }
+    if (progress) continue;
+    if (std::all_of(fibers.begin(), fibers.begin() + threads, [](auto& f) { return f->done; })) return;
+    if (!all(0, threads, Wait::kBarrier)) fail("a barrier or shuffle that not all threads reach");
+    for (int t : order) resume(t);
+  }
+}
+
+// kernel() is called once per thread of every block. Shared memory is `bytes` long: an access beyond is one beyond the heap block.
+inline void launch(Dim3 grid, int threads, size_t bytes, Order how, std::function<void()> kernel) {
+  if (threads % wave) fail("a block of partial waves");
+  while (int(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
+  exchange.assign(size_t(threads), 0.f);
+  distance.assign(size_t(threads), 0);
+  body = std::move(kernel);
+  std::vector<int> order(static_cast<size_t>(threads));
+  std::iota(order.begin(), order.end(), 0);
+  if (how == Order::kReverse) std::reverse(order.begin(), order.end());
+  std::mt19937 generator(1);
+  constexpr size_t kGuard = 256;
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      if (how == Order::kShuffled) std::shuffle(order.begin(), order.end(), generator);
+      block_index = Dim3{x, y};
+      shared_bytes.assign(bytes + kGuard + 16, 0xff);  // 0xffffffff is a NaN
+      shared_start = shared_bytes.data() + (16 - reinterpret_cast<size_t>(shared_bytes.data()) % 16) % 16;
+      run_block(threads, order);
+      for (size_t i = 0; i < kGuard - 16; ++i)
+        if (shared_start[bytes + i] != 0xff) fail("shared memory written beyond its end");
+    }
+}
+
+}  // namespace simt
