@@ -25,7 +25,7 @@ def setuptools_major():
 
 
 builds = pytest.mark.skipif(
-    setuptools_major() < 77, reason="needs setuptools 77 or later here: builds do not download it"
+    setuptools_major() < 77, reason="needs setuptools: 77 or later, since builds download nothing"
 )
 
 

@@ -1,11 +1,9 @@
-/* Stands in for libamdhip64.so.7, or with -DFAKE_CUDA for libcuda.so.1, on a machine without a GPU. It records what the launcher
-   asks for, refuses what a driver would refuse, and carries out three made-up kernels on host memory:
+/* Stands in for libamdhip64.so.7, or with -DFAKE_CUDA for libcuda.so.1, on a machine without a GPU. It records what the
+   launcher asks for, refuses what a driver would refuse, and carries out three made-up kernels on host memory:
      copy(src, dst, i32 bytes)
-     wire(src, null, i32, i64, f32, dst; scratch, scratch)  writes to dst, as int32: src[0], whether the second parameter is null,
-                                                            the i32, both halves of the i64, the bits of the f32, whether each
-                                                            scratch pointer is null
-     fail                                                   the launch is an error
-   The current device belongs to a thread, as in the real drivers. */
+     wire(src, null, i32, i64, f32, dst; scratch, scratch)  writes to dst, as int32: src[0], whether the second
+   parameter is null, the i32, both halves of the i64, the bits of the f32, whether each scratch pointer is null fail
+   the launch is an error The current device belongs to a thread, as in the real drivers. */
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -53,7 +51,7 @@ int NAME(cuModuleGetFunction, hipModuleGetFunction)(Function** function, Module*
   *function = calloc(1, sizeof **function);
   (*function)->device = device;
   (*function)->shared_limit = kDefaultShared;
-  snprintf((*function)->name, sizeof (*function)->name, "%s", name);
+  snprintf((*function)->name, sizeof(*function)->name, "%s", name);
   return 0;
 }
 
@@ -78,8 +76,9 @@ static int run(const Function* f, void** params) {
   return 0;
 }
 
-int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                                                unsigned bz, unsigned shared, void* stream, void** params, void** extra) {
+int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                                                unsigned by, unsigned bz, unsigned shared, void* stream, void** params,
+                                                void** extra) {
   int v[8] = {(int)gx, (int)gy, (int)gz, (int)bx, (int)by, (int)bz, (int)shared, extra != NULL || stream != NULL};
   if (f->device != device) return kInvalidHandle;
   if (!gx || !gy || !gz || (int)shared > f->shared_limit) return kInvalidValue;
@@ -95,7 +94,8 @@ int cuFuncSetAttribute(Function* f, int attribute, int value) {
   f->shared_limit = value;
   return 0;
 }
-/* One address for all contexts, so that only the id tells them apart, as after a context was destroyed and made again. */
+/* One address for all contexts, so that only the id tells them apart, as after a context was destroyed and made again.
+ */
 int cuCtxGetCurrent(void** context) {
   static int somewhere;
   *context = device < 0 ? NULL : &somewhere;
@@ -106,7 +106,9 @@ int cuCtxGetId(void* context, unsigned long long* id) {
   return context == NULL;
 }
 int cuGetErrorName(int status, const char** name) {
-  *name = status == kLaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED" : status == kBadImage ? "CUDA_ERROR_INVALID_IMAGE" : "CUDA_ERROR";
+  *name = status == kLaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED"
+          : status == kBadImage   ? "CUDA_ERROR_INVALID_IMAGE"
+                                  : "CUDA_ERROR";
   return 0;
 }
 int cuGetErrorString(int status, const char** text) {
@@ -119,7 +121,9 @@ int hipGetDevice(int* d) {
   return device < 0 ? 101 : 0;
 }
 const char* hipGetErrorName(int status) {
-  return status == kLaunchFailed ? "hipErrorLaunchFailure" : status == kBadImage ? "hipErrorNoBinaryForGpu" : "hipError";
+  return status == kLaunchFailed ? "hipErrorLaunchFailure"
+         : status == kBadImage   ? "hipErrorNoBinaryForGpu"
+                                 : "hipError";
 }
 const char* hipGetErrorString(int status) {
   return status == kLaunchFailed ? "unspecified launch failure" : "some failure";
