@@ -24,7 +24,8 @@ TOOLS :=
 else
 PY := $(VENV)/bin/python
 PACKAGE := $(VENV)/.package
-TOOLS := $(VENV)/.tools
+TOOLS := $(VENV)/.tools $(VENV)/.clang
+export JAXNORM_HIP_CLANG ?= $(abspath $(VENV))/clang/bin/clang++
 endif
 
 comma := ,
@@ -35,7 +36,7 @@ PYTEST := $(PY) -m pytest -q
 WORKERS ?= 2
 OUT ?= benchmarks/results
 # What make test installs and therefore must not skip.
-REQUIRE := triton,hip,nvrtc,launcher,ruff,pyright,clang_format,devices=8
+REQUIRE := triton,hip,nvrtc,launcher,gxx,demo,setuptools,ruff,pyright,clang_format,devices=8
 
 .PHONY: help
 help: ## this list
@@ -54,6 +55,11 @@ $(VENV)/.package: pyproject.toml setup.py setup.cfg csrc/launcher.cc jaxnorm/_ve
 $(VENV)/.tools: tests/requirements.txt $(VENV)/.package
 	@echo "== installing compilers, test tools and linters (tests/requirements.txt)"
 	@$(PIP) -r tests/requirements.txt
+	@touch $@
+
+$(VENV)/.clang: tools/rocm_clang.py | $(VENV)/bin/python
+	@echo "== putting together clang for the AMD targets"
+	@$(PY) tools/rocm_clang.py $(VENV)/clang >/dev/null
 	@touch $@
 
 .PHONY: venv

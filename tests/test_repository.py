@@ -67,7 +67,7 @@ class Build:
 
     def _rule(self, name: str, srcs: list[str], **kwargs) -> None:
         assert name not in self.targets, f"BUILD: two targets named {name}"
-        self.targets[name] = srcs
+        self.targets[name] = [*srcs, *kwargs.get("data", [])]
         self.labels |= {
             label for label in [*kwargs.get("deps", []), *kwargs.get("data", []), *srcs] if label[:1] in ":@/"
         }
@@ -108,6 +108,7 @@ def test_module_and_package_have_one_version():
 # A module imports only from lines above its own. What a function imports when it runs is not bound by this.
 LAYERS = (
     "errors _version _paths _compat kernels _tune _compile.code_object",
+    "_types",
     "_compile _stage _native",
     "_ref",
     "_launch _sharding",
@@ -154,7 +155,7 @@ def _at_import(path: str) -> ast.Module:
     for node in ast.walk(tree):
         lazy = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         if lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = []
+            node.body = [ast.Pass()]
     return tree
 
 
@@ -186,7 +187,7 @@ def test_each_folder_imports_what_it_may():
     allowed = {
         "kernels/*.py": {"triton", "kernels"},
         "kernels/configs/*.py": {"kernels"},
-        "jaxnorm/_ref/*.py": {"jax", "numpy", "jaxnorm"},
+        "jaxnorm/_ref/*.py": {"jax", "numpy", "ml_dtypes", "jaxnorm"},
         "jaxnorm/doctor.py": {"jax", "numpy", "jaxnorm"},  # inside the guarded probes
         "jaxnorm/cli.py": {"jaxnorm"},
     }
@@ -223,12 +224,12 @@ def test_import_is_light():
     assert sorted(seconds)[2] < 0.050, f"import jaxnorm takes {seconds} s of CPU time beyond import jax"
 
 
-def test_no_write_to_the_environment():
+def test_no_write_to_the_environment_at_import():
     pattern = re.compile(
         r"os\.environ\[[^]]+\]\s*=[^=]|os\.environ\.(update|setdefault|pop|clear)\(|os\.(putenv|unsetenv)\("
     )
     package = [f for f in sources() if f.startswith(("jaxnorm/", "kernels/"))]
-    assert [f for f in package if pattern.search((ROOT / f).read_text())] == []
+    assert [f for f in package if pattern.search(ast.unparse(_at_import(f)))] == []
 
 
 # Text
