@@ -46,12 +46,17 @@ template <int D, int STOP> JN_DEV float index_bits_sum(float v) {
   if constexpr (D < STOP) return index_bits_sum<D * 2, STOP>(v + shfl_xor<D>(v));
   else return v;
 }
-template <int COUNT> JN_DEV float halving_sum(float (&v)[COUNT]) {  // COUNT is a power of two
+// v[i] + v[i + COUNT / 2], then halves of halves; COUNT is a power of two. Recursion, because a loop over halves is not unrolled
+// by every compiler, and an array that is indexed at run time goes to memory.
+template <int COUNT> JN_DEV float halving_sum(const float (&v)[COUNT]) {
+  if constexpr (COUNT == 1) {
+    return v[0];
+  } else {
+    float half[COUNT / 2];
 #pragma unroll
-  for (int d = COUNT / 2; d >= 1; d /= 2)
-#pragma unroll
-    for (int i = 0; i < d; ++i) v[i] += v[i + d];
-  return v[0];
+    for (int i = 0; i < COUNT / 2; ++i) half[i] = v[i] + v[i + COUNT / 2];
+    return halving_sum(half);
+  }
 }
 
 // Row sums for LANES threads that hold chunks lane, lane + LANES, ... (PER of them), for rows of CHUNKS chunks.
