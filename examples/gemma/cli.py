@@ -21,7 +21,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from .generate import Generator
-    from .model import Config, Params
+    from .gguf_file import GGUFFile
+    from .model import Config
     from .tokenizer import Tokenizer
 
 TERMS = (
@@ -75,10 +76,12 @@ def run(
 ) -> None:
     """Everything after the arguments are parsed; raises DemoError for what the user can put right."""
     import jax
+    import jax.numpy as jnp
 
     import jaxnorm
 
-    from .generate import Generator, Sampling
+    from . import model
+    from .generate import Generator, Sampling, check_length
 
     device = jax.devices()[0]
     check_backend(backend)
@@ -89,9 +92,12 @@ def run(
     with jaxnorm.use_backend(backend) if backend else contextlib.nullcontext():
         with stages(console) as progress:
             began = time.perf_counter()
-            tokenizer, config, params = load(gguf, dtype, progress)
-            loaded = time.perf_counter()
+            file, tokenizer, config = open_model(gguf, progress)
             ids = tokenizer.encode(prompt)
+            check_length(config, len(ids), max_tokens)
+            task = progress.add_task("load weights", total=model.elements(config))
+            params = model.load(file, config, jnp.dtype(dtype.value), lambda count: progress.advance(task, count))
+            loaded = time.perf_counter()
             task = progress.add_task("compile", total=2)
             generator = Generator(
                 params,
@@ -130,25 +136,21 @@ def stages(console: Console) -> Iterator[Progress]:
         yield progress
 
 
-def load(path: Path | None, dtype: DType, progress: Progress) -> tuple[Tokenizer, Config, Params]:
-    """Tokenizer, configuration and parameters of the file at `path`, or of the package's."""
-    import jax.numpy as jnp
-
-    from . import model
+def open_model(path: Path | None, progress: Progress) -> tuple[GGUFFile, Tokenizer, Config]:
+    """The file at `path`, or the package's, with its tokenizer and configuration; the weights are not read yet."""
     from .gguf_file import GGUFFile, packaged_path
+    from .model import Config
     from .tokenizer import Tokenizer
 
-    opening = progress.add_task("open the model", total=3)
+    task = progress.add_task("open the model", total=3)
     path = path or packaged_path()
-    progress.advance(opening)
+    progress.advance(task)
     file = GGUFFile(path)
-    config = model.Config.from_gguf(file)
-    progress.advance(opening)
+    config = Config.from_gguf(file)
+    progress.advance(task)
     tokenizer = Tokenizer.from_gguf(file)
-    progress.advance(opening)
-    loading = progress.add_task("load weights", total=model.elements(config))
-    params = model.load(file, config, jnp.dtype(dtype.value), lambda count: progress.advance(loading, count))
-    return tokenizer, config, params
+    progress.advance(task)
+    return file, tokenizer, config
 
 
 def write(console: Console, generator: Generator, tokenizer: Tokenizer, prompt: str, ids: list[int], seed: int) -> None:

@@ -50,6 +50,15 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def check_length(config: Config, prompt_tokens: int, max_tokens: int) -> None:
+    """Raises DemoError when prompt and new tokens together exceed the model's context."""
+    if prompt_tokens + max_tokens > config.context:
+        raise DemoError(
+            f"gemma: the prompt has {prompt_tokens} tokens and {max_tokens} more were asked for; the model's context "
+            f"holds {config.context}. Shorten the prompt or lower --max-tokens."
+        )
+
+
 class Generator:
     """Compiled prefill and decode for prompts of up to `prompt_tokens` tokens and up to `max_tokens` new ones.
 
@@ -70,11 +79,7 @@ class Generator:
         sampling: Sampling | None = None,
         progress: Callable[[str], None] = lambda stage: None,
     ) -> None:
-        if prompt_tokens + max_tokens > config.context:
-            raise DemoError(
-                f"gemma: the prompt has {prompt_tokens} tokens and {max_tokens} more were asked for; the model's context "
-                f"holds {config.context}. Shorten the prompt or lower --max-tokens."
-            )
+        check_length(config, prompt_tokens, max_tokens)
         self.config = config
         self.params = params
         self.max_tokens = max_tokens

