@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from . import _compat, _launch
+from . import _compat, _launch, _native
 from ._compile import target as _target
 from ._stage import StageCall
 from ._tune import table
@@ -152,9 +152,13 @@ class BackendInfo:
 
 
 def backends() -> dict[str, BackendInfo]:
-    """``{"xla": ..., "triton": ..., "hip": ...}``: what can run on the default device of this process."""
+    """``{"xla": ..., "triton": ..., "hip": ...}``: what can run on the default device of this process.
+
+    Also registers our custom calls with XLA, which a process needs that runs a deserialised export and calls no op itself.
+    """
     import jax
 
+    _native.status()
     platform = jax.default_backend()
     info = {"xla": BackendInfo(True, f"runs on {platform}")}
     for backend in ("triton", "hip"):

@@ -57,7 +57,7 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
         whole = (True,) * len(call.results)
         has_rows = ["..." in call.dims(name) for name in call.names]
         shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))
-        if shared and not any(call.is_row_sum(name) for name, _, _ in call.results):
+        if shared and not call.row_sums:
             spread = [a if b or not rows else jnp.broadcast_to(a, (size, *a.shape))
                       for a, b, rows in zip(operands, batched, has_rows, strict=True)]  # fmt: skip
             return stage(*spread), whole

@@ -24,8 +24,7 @@ def rule(call: StageCall) -> tuple[str, tuple[str, ...]]:
     """The Shardy rule of a stage, and the factors that must be replicated."""
     left = ", ".join(d for _, d in call.operands)
     right = ", ".join(d for _, d, _ in call.results)
-    named = tuple(d for d, _ in call.sizes)
-    return f"{left} -> {right}", named if len(named) > 1 else ()
+    return f"{left} -> {right}", tuple(d for d, _ in call.sizes if d not in call.feature_dims)
 
 
 def _axes(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -35,14 +34,14 @@ def _axes(entries: Sequence[Entry]) -> tuple[str, ...]:
 def _layout(call: StageCall, sharding: Any, ndim: int) -> tuple[tuple[Entry, ...], Entry]:
     """(entries of the leading dims, entry of the features), read from the first operand, which always has both."""
     spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
-    return spec[:-1], spec[-1] if len(call.sizes) == 1 else None
+    return spec[:-1], spec[-1] if call.feature_dims else None
 
 
 def _specs(call: StageCall, lead: tuple[Entry, ...], feature: Entry) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
     def spec(dims: str) -> PartitionSpec:
         entries: tuple[Entry, ...] = ()
         for d in dims.split():
-            entries += lead if d == "..." else (feature if d == "n" else None,)
+            entries += lead if d == "..." else (feature if d in call.feature_dims else None,)
         return PartitionSpec(*entries)
 
     return [spec(d) for _, d in call.operands], [spec(d) for _, d, _ in call.results]
@@ -56,7 +55,7 @@ def _shard_function(call: StageCall, local: Local, row_axes: tuple[str, ...], fe
         out = call.compute(operands, feature_axes) if feature_axes else local(*operands)
         if not row_axes:
             return out
-        summed = [jax.lax.psum(o, row_axes) if call.is_row_sum(r[0]) else o for o, r in zip(out, call.results, strict=True)]
+        summed = [jax.lax.psum(o, row_axes) if r[0] in call.row_sums else o for o, r in zip(out, call.results, strict=True)]
         return tuple(summed)
 
     return run

@@ -1,8 +1,7 @@
 """What a stage is: one kernel-sized step of an operator, described once for gradients, batching, sharding and kernels alike.
 
 The dims of each operand and result are written as in einsum: ``"... n"`` is rows of features, ``"n"`` a vector over the features,
-``"..."`` one value a row. ``...`` stands for the leading dims, which are folded to rows M inside the shard and nowhere else. A
-result without ``...`` of a stage whose operands have it is a sum over the rows.
+``"..."`` one value a row. ``...`` stands for the leading dims, which are folded to rows M inside the shard and nowhere else.
 """
 
 from __future__ import annotations
@@ -70,6 +69,12 @@ class StageCall:
     backend_source: str = ""
     """Who named it."""
     targets: tuple[tuple[str, str], ...] = ()
+    row_sums: tuple[str, ...] = ()
+    """Results that are sums over the rows: summed over the mesh axes that shard the rows."""
+    feature_dims: tuple[str, ...] = ("n",)
+    """Named dims that are sharded when the features are; empty = sharded features are gathered."""
+    group: int = 1
+    """Features that must stay on one shard together."""
 
     @property
     def definition(self) -> StageDef:
@@ -94,10 +99,6 @@ class StageCall:
             if entry[0] == name:
                 return tuple(entry[1].split())
         raise KeyError(name)
-
-    def is_row_sum(self, name: str) -> bool:
-        """Whether a result is summed over the rows."""
-        return "..." not in self.dims(name)
 
     def result_shape(self, name: str, lead: tuple[int, ...]) -> tuple[int, ...]:
         shape: tuple[int, ...] = ()

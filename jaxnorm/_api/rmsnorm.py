@@ -63,8 +63,11 @@ class _Config:
         **options: Any,
     ) -> StageCall:
         sizes = [("n", n)] + ([("p", self.width)] if self.width != n else [])
-        return StageCall(stage.name, self.op, tuple((k, dims[k]) for k in arrays), tuple(results), tuple(sizes), tuple(options.items()),
-                         self.backend, self.backend_source, self.targets)  # fmt: skip
+        return StageCall(
+            stage=stage.name, op=self.op, operands=tuple((k, dims[k]) for k in arrays), results=tuple(results), sizes=tuple(sizes),
+            options=tuple(options.items()), backend=self.backend, backend_source=self.backend_source, targets=self.targets,
+            row_sums=tuple(name for name, _, _ in results if name == "dweight"), feature_dims=("n",) if len(sizes) == 1 else (),
+        )  # fmt: skip
 
 
 def _forward(
