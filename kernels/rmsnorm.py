@@ -165,7 +165,6 @@ def rmsnorm_fwd_long(
 def _load_tile(
     n_ptr,
     dy_ptr,
-    dresidual_out_ptr,
     rstd_ptr,
     row,
     cols,
@@ -173,18 +172,13 @@ def _load_tile(
     valid,
     N: tl.constexpr,
     P: tl.constexpr,
-    HAS_DRESIDUAL_OUT: tl.constexpr,
     MASKED: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """(n, dy, dresidual_out, rstd) of a tile, in the dtypes of the buffers; zeros where masked off."""
-    n = load(n_ptr + row * N, cols, inside, MASKED)
-    dy = load(dy_ptr + row * P, cols, inside, MASKED)
-    extra = n
-    if HAS_DRESIDUAL_OUT:
-        extra = load(dresidual_out_ptr + row * N, cols, inside, MASKED)
-    rstd = load(rstd_ptr, row, valid, MASK_ROWS)
-    return n, dy, extra, rstd
+    """(n, dy, rstd) of a tile, in the dtypes of the buffers; zeros where masked off."""
+    n = load_first(n_ptr + row * N, cols, inside, MASKED)
+    dy = load_first(dy_ptr + row * P, cols, inside, MASKED)
+    return n, dy, load(rstd_ptr, row, valid, MASK_ROWS)
 
 
 @triton.jit
@@ -212,55 +206,68 @@ def rmsnorm_bwd(
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    REREAD: tl.constexpr,
 ):
     """``ds = rstd * (gw - xh * mean(gw * xh)) + dresidual_out`` with ``xh = n * rstd, gw = dy * (weight + offset)``.
 
-    Program p owns the tiles p, p + PROGRAMS, ...; the weight and its share of dweight = sum(dy * xh) stay in registers.
-    PREFETCH asks for the next tile before the sums of this one, where the compiler's own pipeline (STAGES) does not."""
+    Program p owns the tiles p, p + PROGRAMS, ...; its share of dweight = sum(dy * xh) stays in registers.
+
+    PREFETCH asks for the next tile before the sums of this one (STAGES does so through the compiler's own pipeline).
+    REREAD reads n, dy and the weight a second time after the sums, from the nearest cache, where holding them costs too many
+    registers. The two reads differ in their eviction policy, which also keeps the compiler from making one of them."""
     pid = tl.program_id(0)
     cols = tile_cols(CHUNKS, ROWS, BLOCK, VEC)
     WIDTH: tl.constexpr = BLOCK * (CHUNKS if CHUNKS > 0 else 1)
     MASKED: tl.constexpr = CHUNKS > 0 or N < WIDTH
     live = cols < N
     w = 1.0
-    if HAS_WEIGHT:
+    if HAS_WEIGHT and not REREAD:
         w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, N < WIDTH)
     sums = tl.zeros_like(cols).to(tl.float32)
     mine = ((M + ROWS - 1) // ROWS - pid + PROGRAMS - 1) // PROGRAMS
     step = tl.cast(PROGRAMS, tl.int64) * ROWS
     row = tile_rows(pid * ROWS, CHUNKS, ROWS)
-    ptrs = (n_ptr, dy_ptr, dresidual_out_ptr, rstd_ptr)
+    ptrs = (n_ptr, dy_ptr, rstd_ptr)
     if PREFETCH:
-        n, dy, extra, rstd = _load_tile(
-            *ptrs, row, cols, live & (row < M), row < M, N, P, HAS_DRESIDUAL_OUT, True, True
-        )
+        n, dy, rstd = _load_tile(*ptrs, row, cols, live & (row < M), row < M, N, P, True, True)
     for _ in tl.range(0, mine, num_stages=STAGES):
         inside = live
         if CHUNKS > 0:
             inside = live & (row < M)
         later = row + step
         if PREFETCH:
-            after = _load_tile(*ptrs, later, cols, live & (later < M), later < M, N, P, HAS_DRESIDUAL_OUT, True, True)
+            after = _load_tile(*ptrs, later, cols, live & (later < M), later < M, N, P, True, True)
         else:
-            n, dy, extra, rstd = _load_tile(
-                *ptrs, row, cols, inside, row < M, N, P, HAS_DRESIDUAL_OUT, MASKED, CHUNKS > 0
-            )
+            n, dy, rstd = _load_tile(*ptrs, row, cols, inside, row < M, N, P, MASKED, CHUNKS > 0)
+        if HAS_DRESIDUAL_OUT and not REREAD:
+            extra = load(dresidual_out_ptr + row * N, cols, inside, MASKED)
         xh = n.to(tl.float32) * rstd
-        g = dy.to(tl.float32)
-        gw = g
+        gw = dy.to(tl.float32)
+        if HAS_DWEIGHT:  # before the sum of the row, so that dy need not outlive it
+            sums += gw * xh
         if HAS_WEIGHT:
-            gw = g * w
-        ds = rstd * (gw - xh * (row_sum(gw * xh, CHUNKS) / N))
+            if REREAD:
+                gw = gw * (load_first(weight_ptr, cols, live, N < WIDTH).to(tl.float32) + WEIGHT_OFFSET)
+            else:
+                gw = gw * w
+        mean = row_sum(gw * xh, CHUNKS) / N
+        if REREAD:
+            xh = load_again(n_ptr + row * N, cols, inside, MASKED).to(tl.float32) * rstd
+            gw = load_again(dy_ptr + row * P, cols, inside, MASKED).to(tl.float32)
+            if HAS_WEIGHT:
+                gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET, N < WIDTH)
+        ds = rstd * (gw - xh * mean)
         if HAS_DRESIDUAL_OUT:
-            ds += extra.to(tl.float32)
+            if REREAD:
+                ds += load(dresidual_out_ptr + row * N, cols, inside, MASKED).to(tl.float32)
+            else:
+                ds += extra.to(tl.float32)
         store(dx_ptr + row * N, cols, ds, inside, MASKED)
         if HAS_DRESIDUAL:
             store(dresidual_ptr + row * N, cols, ds, inside, MASKED)
-        if HAS_DWEIGHT:
-            sums += g * xh
         row = later
         if PREFETCH:
-            n, dy, extra, rstd = after
+            n, dy, rstd = after
     if HAS_DWEIGHT:
         share = partial_ptr + pid.to(tl.int64) * N
         if CHUNKS > 0:

@@ -16,9 +16,16 @@ from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_
 GRID_COLUMNS = 1 << 20  # as in kernels/_common.py:program_index
 MAX_ROWS = (1 << 31) - 1  # rows are counted in an i32 parameter
 MAX_FEATURES = 1 << 24  # the longest row whose 32-bit columns and float32 counts are exact with room to spare
-LANE_ELEMENTS = 32  # a lane holds at most this much of a row that one wave owns: 32 float32 registers
-TILE_FWD = {"sm": 32768, "gfx": 32768}  # longest padded row held in registers, forward
-TILE_BWD = {"sm": 16384, "gfx": 16384}  # the same backward, where n, dy, weight and the share of dweight are held
+# Most elements a lane holds of a row that one wave owns, by wave size: float32 registers forward, five times as many backward
+# (weight, share of dweight, n, dy and the next row), where 32 of a wave64 row leave two waves a SIMD.
+LANE_FWD = {32: 32, 64: 32}
+LANE_BWD = {32: 32, 64: 16}
+# Longest padded row held in registers, by family of targets. On NVIDIA a longer row leaves one workgroup of 1024 threads and 64
+# registers on an SM, hence nothing to overlap its phases with, while its second read hits the 228 KiB of L1. AMD's L1 is 16 to
+# 32 KiB and its registers are four times as many.
+TILE_FWD = {"sm": 16384, "gfx": 32768}
+# Backward the share of dweight takes registers too: a float32 per element.
+TILE_BWD = {"sm": 16384, "gfx": 16384}
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,9 @@ class Backward:
 
     tile: Tile
     programs_per_unit: int
-    prefetch: bool
-    stages: int
+    prefetch: bool = False
+    reread: bool = False
+    stages: int = 1
 
 
 ROW_BUFFERS = {
@@ -78,8 +86,9 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
             return (_fwd(problem, _tile(problem, width)),)
         return (_fwd_long(problem, _loop(problem)),)
     width = next_power_of_2(problem.features)
-    if width <= TILE_BWD[_family(problem)]:
-        return _bwd(problem, _backward(problem, _tile(problem, width)))
+    # Rows of several float32 buffers spill at the longest tile of NVIDIA (64 registers a thread).
+    if width <= TILE_BWD[_family(problem)] and (width <= 8192 or _family(problem) == "gfx" or _row_bytes(problem) <= 8):
+        return _bwd(problem, _backward(problem, width))
     return _bwd_long(problem, _loop(problem))
 
 
@@ -127,13 +136,14 @@ def _tile(problem: Problem, width: int) -> Tile:
     wave = wave_size(problem.target)
     vec, limited = _lane_width(problem)
     hint = vec if limited else 0
-    if width <= wave * LANE_ELEMENTS:
+    if width <= wave * (LANE_FWD if problem.stage == "rmsnorm_fwd" else LANE_BWD)[wave]:
         # A wave (or part of one) per row: the sum needs no barrier. Four waves a program, so that a lane holds one row exactly:
         # the same instructions serve every row of the tile.
         block = min(width, wave * vec)
         return Tile(max(width // block, 1), 4 * wave * vec // block, block, hint, 4)
-    # 16 elements a lane: two 16-byte reads of bf16 in flight for each buffer; 1024 threads are the most a program can have.
-    threads = min(width // 16, 1024)
+    # 16 elements a lane: two 16-byte reads of bf16 in flight for each buffer. At most 512 threads on NVIDIA, where 1024 of 40
+    # registers leave no room for a second workgroup, and 1024 on AMD.
+    threads = min(width // 16, 512 if _family(problem) == "sm" else 1024)
     return Tile(0, 1, width, hint, threads // wave)
 
 
@@ -142,9 +152,28 @@ def _loop(problem: Problem) -> Loop:
     return Loop(8192, vec if limited else 0, 512 // wave_size(problem.target), 1)
 
 
-def _backward(problem: Problem, tile: Tile) -> Backward:
-    threads = tile.warps * wave_size(problem.target)
-    return Backward(tile, max(1, 512 // threads), True, 1)
+def _row_bytes(problem: Problem) -> int:
+    """Bytes a column of a row costs to read, backward."""
+    return sum(ITEMSIZE[problem.dtype(b)] for b in ("n", "dy", "dresidual_out") if problem.has(b))
+
+
+def _backward(problem: Problem, width: int) -> Backward:
+    """Programs and registers of the persistent backward. A row of n and dy is on its way while the one before is computed."""
+    tile = _tile(problem, width)
+    row_bytes = _row_bytes(problem)
+    if tile.chunks:
+        # 168 registers a thread for 4 chunks of bf16 on sm_90: three workgroups fit an SM.
+        per_unit, wide = max(2, min(8, 12 // tile.chunks)), row_bytes > 8
+        return Backward(tile, per_unit, prefetch=not wide, reread=wide)
+    sm = _family(problem) == "sm"
+    # 8 elements a lane on NVIDIA: with the next row on its way 59 registers (bf16), which lets 1024 threads share an SM; of 16
+    # elements the compiler makes 128 registers. AMD has registers for 16: 118.
+    threads = min(max(width // (8 if sm else 16), 64), 1024)
+    tile = dataclasses.replace(tile, warps=threads // wave_size(problem.target))
+    if threads == 1024 and (width > (8192 if sm else 16384) or row_bytes > 4):
+        # Registers are 64 (NVIDIA) or 128 (AMD) a thread: read twice rather than spill.
+        return Backward(tile, 1, reread=True)
+    return Backward(tile, max(1, (1024 if sm else 512) // threads), prefetch=True)
 
 
 def _grid(programs: int) -> tuple[int, int, int]:
@@ -223,6 +252,7 @@ def _bwd(problem: Problem, config: Backward) -> tuple[Launch, ...]:
             *tile.constants(),
             ("STAGES", config.stages),
             ("PREFETCH", config.prefetch),
+            ("REREAD", config.reread),
         ),
         num_warps=tile.warps,
         temps=temps,
@@ -313,12 +343,13 @@ def _fwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
 
 def _bwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
     width = next_power_of_2(problem.features)
+    modes = ((True, False, 1), (False, True, 1), (True, True, 1), (False, False, 3))  # prefetch, reread, stages
     if width <= 32768:
         for tile in _tiles(problem, width):
             for per_unit in (1, 2, 3, 4, 6, 8):
-                for prefetch, stages in ((True, 1), (False, 1), (False, 2), (False, 3)):
+                for prefetch, reread, stages in modes:
                     if tile.warps * wave_size(problem.target) * per_unit <= 2048:
-                        yield _bwd(problem, Backward(tile, per_unit, prefetch, stages))
+                        yield _bwd(problem, Backward(tile, per_unit, prefetch, reread, stages))
     if width >= 16384:
         for loop in _loops(problem):
             yield _bwd_long(problem, loop)
