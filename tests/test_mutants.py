@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
@@ -33,11 +34,18 @@ def run(copy: Path, selection: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=900)
 
 
+@functools.cache
+def passes_without_a_mutant(copy: Path, selection: str) -> bool:
+    """Otherwise a failure under a mutant proves nothing."""
+    return run(copy, selection).returncode == 0
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
 def test_a_defect_is_found(mutant, copy):
     file = copy / mutant.file
     text = file.read_text()
     assert text.count(mutant.old) == 1, f"the mutant does not fit {mutant.file} any more: mend mutants.py"
+    assert passes_without_a_mutant(copy, mutant.killed_by), f"{mutant.killed_by} fails on the unchanged copy"
     file.write_text(text.replace(mutant.old, mutant.new))
     try:
         done = run(copy, mutant.killed_by)
