@@ -12,7 +12,7 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 rmsnorm_fwd(const char* x, const char* residual, const char* weight, unsigned long long rows, char* y, char* residual_out, float* rstd) {
   using namespace jaxnorm;
   using Shape = RowShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_UNROLL, JN_REGS, JN_SHARED>;
-  using Epilogue = WeightedStore<Shape, JN_X, JN_WEIGHT, JN_Y, JN_P, JN_BEFORE_WEIGHT, JN_EARLY>;
+  using Epilogue = WeightedStore<Shape, JN_X, JN_WEIGHT, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
 #if JN_HAS_RESIDUAL
   const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, residual, residual_out, JN_N};
 #else
@@ -37,7 +37,7 @@ rmsnorm_bwd(const char* n, const char* weight, const float* rstd, const char* dy
   using Pipe = RegisterPipe<Shape, JN_X, JN_DY, JN_DRES_OUT, JN_DEPTH>;
 #endif
   const BackwardPointers p{n, weight, dy, dresidual_out, rstd, dot, dx, dresidual, partials};
-  backward_rms_rows<Shape, Pipe, JN_X, JN_WEIGHT, JN_DY, JN_DRES_OUT, JN_DX, JN_DRES, JN_HAS_DWEIGHT, JN_HOLD_WEIGHT>(
+  backward_rms_rows<Shape, Pipe, JN_X, JN_WEIGHT, JN_DY, JN_DRES_OUT, JN_DX, JN_DRES, JN_HAS_OFFSET, JN_HAS_DWEIGHT, JN_HOLD_WEIGHT>(
       p, JN_OFFSET, rows, programs, JN_P);
 }
 #endif
@@ -49,7 +49,7 @@ rmsnorm_bwd_dot(const char* n, const char* weight, const char* dy, unsigned long
   using namespace jaxnorm;
   using Shape = BackwardShape<JN_N, JN_V, JN_LANES, 1, JN_N / JN_V, false>;
   const BackwardPointers p{n, weight, dy};
-  backward_rms_dot<Shape, JN_X, JN_WEIGHT, JN_DY>(p, JN_OFFSET, rows, JN_P, dot);
+  backward_rms_dot<Shape, JN_X, JN_WEIGHT, JN_DY, JN_HAS_OFFSET>(p, JN_OFFSET, rows, JN_P, dot);
 }
 #endif
 

@@ -240,7 +240,7 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
     wave, v = wave_size(problem.target), vector(problem)
     chunks = problem.features // v
     chunk_bytes = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
-    residual = problem.has("residual")
+    residual, offset = problem.has("residual"), float(problem.option("weight_offset"))
     constants: Constants = (
         ("JN_N", problem.features),
         ("JN_P", _width(problem, "y")),
@@ -259,7 +259,8 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         ("JN_HAS_RESIDUAL", residual),
         ("JN_HAS_RSTD", problem.has("rstd")),
         ("JN_EPS", float(problem.option("eps"))),
-        ("JN_OFFSET", float(problem.option("weight_offset"))),
+        ("JN_OFFSET", offset),
+        ("JN_HAS_OFFSET", offset != 0),
         ("JN_BEFORE_WEIGHT", problem.option("cast") == "before_weight"),
         ("JN_ROUND_RESIDUAL", residual and problem.option("residual_rounding") == "input"),
     )
@@ -388,6 +389,7 @@ def _backward_launches(problem: Problem, c: Backward) -> tuple[Launch, ...]:
         ("JN_WEIGHT", _type(problem, "weight")),
         ("JN_DY", _type(problem, "dy")),
         ("JN_OFFSET", offset),
+        ("JN_HAS_OFFSET", offset != 0),
     )
     launches = []
     if c.tile:

@@ -67,7 +67,7 @@ JN_DEV float fused_multiply_add(float a, float b, float c) {
 }
 
 #if defined(JN_SIMT)
-JN_DEV int thread_id() { return simt::thread(); }
+JN_DEV u32 thread_id() { return u32(simt::thread()); }
 JN_DEV u32 block_x() { return simt::block().x; }
 JN_DEV u32 block_y() { return simt::block().y; }
 JN_DEV void barrier() { simt::barrier(); }
@@ -76,7 +76,7 @@ JN_DEV unsigned char* shared_memory() { return simt::shared(); }
 JN_DEV float reciprocal_sqrt(float v) { return 1.f / __builtin_sqrtf(v); }
 
 #elif defined(JN_NVIDIA)
-JN_DEV int thread_id() { return int(threadIdx.x); }
+JN_DEV u32 thread_id() { return threadIdx.x; }
 JN_DEV u32 block_x() { return blockIdx.x; }
 JN_DEV u32 block_y() { return blockIdx.y; }
 JN_DEV void barrier() { __syncthreads(); }
@@ -92,7 +92,7 @@ JN_DEV float reciprocal_sqrt(float v) {
 }
 
 #else
-JN_DEV int thread_id() { return int(__builtin_amdgcn_workitem_id_x()); }
+JN_DEV u32 thread_id() { return __builtin_amdgcn_workitem_id_x(); }
 JN_DEV u32 block_x() { return __builtin_amdgcn_workgroup_id_x(); }
 JN_DEV u32 block_y() { return __builtin_amdgcn_workgroup_id_y(); }
 JN_DEV void barrier() {

@@ -11,7 +11,7 @@ namespace jaxnorm {
 
 // Sums each of B values over the lanes of a wave with about B + log2(wave) shuffles instead of B * log2(wave): at each distance
 // a lane keeps one of two values and gives the other away. Afterwards a lane holds the sum of value packed_index<B>(lane).
-template <int D, int B> JN_DEV float packed_sum(float (&v)[B], int lane) {
+template <int D, int B> JN_DEV float packed_sum(float (&v)[B], u32 lane) {
   if constexpr (D == 0) {
     static_assert(B == 1, "more values than lanes");
     return v[0];
@@ -30,7 +30,7 @@ template <int D, int B> JN_DEV float packed_sum(float (&v)[B], int lane) {
     return packed_sum<D / 2>(half, lane);
   }
 }
-template <int B> JN_DEV int packed_index(int lane) {
+template <int B> JN_DEV int packed_index(u32 lane) {
   int index = 0;
 #pragma unroll
   for (int bit = 0; bit < log2_of(next_power_of_2(B)); ++bit) index |= (lane & (kWave / 2 >> bit)) ? 1 << bit : 0;
@@ -68,7 +68,7 @@ template <int CHUNKS, int LANES> struct RowSum {
   static constexpr int bytes = in_wave ? 0 : ceil_div(per * waves, 4) * 16;
 
   // All lanes get the sum. part[k] belongs to chunk k * LANES + lane, 0 beyond the row.
-  static JN_DEV float within_wave(float (&part)[per], int lane) {
+  static JN_DEV float within_wave(float (&part)[per], u32 lane) {
     if constexpr (LANES < kWave) {
       constexpr int slots = next_power_of_2(per);
       float v[slots];
@@ -84,14 +84,15 @@ template <int CHUNKS, int LANES> struct RowSum {
   }
 
   // Several waves: each puts its sums of chunks first .. first + B - 1 into shared memory ...
-  template <int B> static JN_DEV void put(float* sums, float (&part)[B], int first, int thread) {
+  template <int B> static JN_DEV void put(float* sums, float (&part)[B], int first, u32 thread) {
     constexpr int rest = kWave / next_power_of_2(B);
-    const int lane = thread % kWave, k = packed_index<B>(lane);
+    const u32 lane = thread % kWave;
+    const int k = packed_index<B>(lane);
     const float v = packed_sum<kWave / 2>(part, lane);
-    if (lane % rest == 0 && k < B) sums[(first + k) * waves + thread / kWave] = v;
+    if (lane % rest == 0 && k < B) sums[u32(first + k) * waves + thread / kWave] = v;
   }
   // ... and after a barrier all threads add them up.
-  static JN_DEV float get(const float* sums, int thread) {
+  static JN_DEV float get(const float* sums, u32 thread) {
     constexpr int slots = next_power_of_2(virtual_waves);
     barrier();
     if constexpr (slots <= 16) {  // 4 reads of 16 bytes and 15 additions take less time than a read and log2(16) shuffles
@@ -104,7 +105,7 @@ template <int CHUNKS, int LANES> struct RowSum {
       float v[each];
 #pragma unroll
       for (int i = 0; i < each; ++i) {
-        const int index = i * kWave + thread % width;
+        const u32 index = i * kWave + thread % width;
         v[i] = index < virtual_waves ? sums[index] : 0.f;
       }
       return lanes_sum<width / 2>(halving_sum(v));

@@ -18,8 +18,9 @@ template <int N_, int V_, int LANES_, int GROUPS_, int UNROLL_, int REGS_, int S
   static_assert(Sum::in_wave ? REGS == PER : GROUPS == 1 && UNROLL == 1, "rows of one wave stay in registers, longer ones fill a block");
 
   // Does slot k of this lane hold a chunk? Folds to true for all but the last slot.
-  static JN_DEV bool has(int k, int lane) { return (k + 1) * LANES <= CHUNKS || k * LANES + lane < CHUNKS; }
-  static JN_DEV int column(int k, int lane) { return (k * LANES + lane) * V; }
+  static JN_DEV bool has(int k, u32 lane) { return (k + 1) * LANES <= CHUNKS || k * LANES + lane < u32(CHUNKS); }
+  // Columns from a lane's chunk in slot 0 to the one in slot k: a constant once k is unrolled, so it ends up in the instruction.
+  static constexpr int STEP = LANES * V;
 };
 
 // ---- sources ------------------------------------------------------------------------------------------------------------
@@ -32,18 +33,19 @@ template <class X, int V> struct PlainSource {
   const char* x;
   int n;
 
-  JN_DEV Raw fetch(u64 row, int column) const { return Raw{load_chunk<X, V, true>(x + (row * n + column) * X::size)}; }
+  JN_DEV Raw fetch(u64 start, int offset) const { return Raw{load_chunk<X, V, true>(x + start * X::size + offset * X::size)}; }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const { widen<X, V>(raw.x, f); }
+  JN_DEV void kept_values(const Kept& kept, float (&f)[V]) const { widen<X, V, true>(kept.x, f); }
   JN_DEV Kept keep(const Raw& raw, const float (&)[V]) const { return raw; }
   JN_DEV void settle(const float (&)[V], u64, int) const {}
 
   template <int THREADS> struct Stashed {
     using Slot = Stash<X, V, THREADS>;
     static constexpr int footprint = Slot::footprint;
-    static JN_DEV void fetch(const PlainSource& s, unsigned char* base, int thread, u64 row, int column) {
-      Slot::fetch(base, thread, s.x + (row * s.n + column) * X::size);
+    static JN_DEV void fetch(const PlainSource& s, unsigned char* base, u32 thread, u64 start, int offset) {
+      Slot::fetch(base, thread, s.x + start * X::size + offset * X::size);
     }
-    static JN_DEV Raw read(const unsigned char* base, int thread) { return Raw{Slot::read(base, thread)}; }
+    static JN_DEV Raw read(const unsigned char* base, u32 thread) { return Raw{Slot::read(base, thread)}; }
   };
 };
 
@@ -64,9 +66,9 @@ template <class X, class R, int V, bool ROUND> struct AddSource {
   char* out;
   int n;
 
-  JN_DEV Raw fetch(u64 row, int column) const {
-    const u64 i = row * n + column;
-    return Raw{load_chunk<X, V, true>(x + i * X::size), load_chunk<R, V, true>(residual + i * R::size)};
+  JN_DEV Raw fetch(u64 start, int offset) const {
+    return Raw{load_chunk<X, V, true>(x + start * X::size + offset * X::size),
+               load_chunk<R, V, true>(residual + start * R::size + offset * R::size)};
   }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const {
     float r[V];
@@ -76,8 +78,8 @@ template <class X, class R, int V, bool ROUND> struct AddSource {
     for (int i = 0; i < V; ++i) f[i] += r[i];
     if constexpr (ROUND) widen<R, V>(narrow<R, V>(f), f);
   }
-  JN_DEV void values(const Rounded& kept, float (&f)[V]) const { widen<R, V>(kept.s, f); }
-  JN_DEV void values(const Exact& kept, float (&f)[V]) const {
+  JN_DEV void kept_values(const Rounded& kept, float (&f)[V]) const { widen<R, V, true>(kept.s, f); }
+  JN_DEV void kept_values(const Exact& kept, float (&f)[V]) const {
 #pragma unroll
     for (int i = 0; i < V; ++i) f[i] = kept.f[i];
   }
@@ -91,20 +93,19 @@ template <class X, class R, int V, bool ROUND> struct AddSource {
     }
     return kept;
   }
-  JN_DEV void settle(const float (&f)[V], u64 row, int column) const {
-    store_bits(out + (row * n + column) * R::size, narrow<R, V>(f));
+  JN_DEV void settle(const float (&f)[V], u64 start, int offset) const {
+    store_bits(out + start * R::size + offset * R::size, narrow<R, V>(f));
   }
 
   template <int THREADS> struct Stashed {
     using SlotX = Stash<X, V, THREADS>;
     using SlotR = Stash<R, V, THREADS>;
     static constexpr int footprint = SlotX::footprint + SlotR::footprint;
-    static JN_DEV void fetch(const AddSource& s, unsigned char* base, int thread, u64 row, int column) {
-      const u64 i = row * s.n + column;
-      SlotX::fetch(base, thread, s.x + i * X::size);
-      SlotR::fetch(base + SlotX::footprint, thread, s.residual + i * R::size);
+    static JN_DEV void fetch(const AddSource& s, unsigned char* base, u32 thread, u64 start, int offset) {
+      SlotX::fetch(base, thread, s.x + start * X::size + offset * X::size);
+      SlotR::fetch(base + SlotX::footprint, thread, s.residual + start * R::size + offset * R::size);
     }
-    static JN_DEV Raw read(const unsigned char* base, int thread) {
+    static JN_DEV Raw read(const unsigned char* base, u32 thread) {
       return Raw{SlotX::read(base, thread), SlotR::read(base + SlotX::footprint, thread)};
     }
   };
@@ -120,7 +121,8 @@ template <class S, class Source> struct Row {
   const Source& source;
   unsigned char* stash;  // behind the sums in shared memory
   u64 row;
-  int lane;
+  u64 start;  // element index of the lane's chunk in slot 0
+  u32 lane;
   bool active;
   Raw raw[S::REGS];
   Kept kept[S::REGS];
@@ -131,14 +133,14 @@ template <class S, class Source> struct Row {
   JN_DEV void issue() {
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
-      if (has(k)) raw[k] = source.fetch(row, S::column(k, lane));
+      if (has(k)) raw[k] = source.fetch(start, k * S::STEP);
       else raw[k] = Raw{};
     }
     if constexpr (S::SHARED > 0) {
 #pragma unroll
       for (int k = 0; k < S::SHARED; ++k)
         if (has(S::REGS + k))
-          Stashed::fetch(source, stash + k * Stashed::footprint, lane, row, S::column(S::REGS + k, lane));
+          Stashed::fetch(source, stash + k * Stashed::footprint, lane, start, (S::REGS + k) * S::STEP);
       async_commit();
     }
   }
@@ -150,7 +152,7 @@ template <class S, class Source> struct Row {
     for (int k = 0; k < S::REGS; ++k) {
       float f[V];
       source.values(raw[k], f);
-      if (has(k)) source.settle(f, row, S::column(k, lane));
+      if (has(k)) source.settle(f, start, k * S::STEP);
       kept[k] = source.keep(raw[k], f);
       part[k] = add_up(f, map);
     }
@@ -164,28 +166,28 @@ template <class S, class Source> struct Row {
     }
   }
 
-  // use(k, column, n[V]) for each chunk, in registers or not
+  // use(k, n[V]) for each chunk, in registers or not
   template <class Use> JN_DEV void each(Use use) {
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
       float f[V];
-      source.values(kept[k], f);
-      if (has(k)) use(k, S::column(k, lane), f);
+      source.kept_values(kept[k], f);
+      if (has(k)) use(k, f);
     }
 #pragma unroll 4
     for (int k = S::REGS; k < S::REGS + S::SHARED; ++k) {
       if (!has(k)) continue;
       float f[V];
       source.values(Stashed::read(stash + (k - S::REGS) * Stashed::footprint, lane), f);
-      use(k, S::column(k, lane), f);
+      use(k, f);
     }
 #pragma unroll 2
     for (int k = S::REGS + S::SHARED; k < S::PER; ++k) {
       if (!has(k)) continue;
       float f[V];
-      source.values(source.fetch(row, S::column(k, lane)), f);
-      source.settle(f, row, S::column(k, lane));
-      use(k, S::column(k, lane), f);
+      source.values(source.fetch(start, k * S::STEP), f);
+      source.settle(f, start, k * S::STEP);
+      use(k, f);
     }
   }
 
@@ -213,7 +215,7 @@ template <class S, class Source> struct Row {
       if (!has(k)) continue;
       float f[V];
       source.values(Stashed::read(stash + (first + j) * Stashed::footprint, lane), f);
-      source.settle(f, row, S::column(k, lane));
+      source.settle(f, start, k * S::STEP);
       part[j] = add_up(f, map);
     }
     S::Sum::put(sums, part, S::REGS + first, lane);
@@ -229,7 +231,7 @@ template <class S, class Source> struct Row {
     Raw again[B];
 #pragma unroll
     for (int j = 0; j < B; ++j) {
-      if (has(first + j)) again[j] = source.fetch(row, S::column(first + j, lane));
+      if (has(first + j)) again[j] = source.fetch(start, (first + j) * S::STEP);
       else again[j] = Raw{};
     }
     float part[B];
@@ -260,37 +262,40 @@ template <int N> struct RmsNorm {
 
 // y = cast(normalised * (weight + offset)), columns N .. P - 1 zero. BEFORE: round to X's type before the weight.
 // EARLY: fetch the weights of the register slots together with the row, for a block that has nothing else to hide their latency.
-template <class S, class X, class W, class Y, int P, bool BEFORE, bool EARLY> struct WeightedStore {
+template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY> struct WeightedStore {
   static constexpr int V = S::V;
   const char* weight;
   char* y;
   float offset;
   Chunk<W, V> early[EARLY ? S::REGS : 1];
 
-  JN_DEV void issue(int lane) {
+  JN_DEV void issue(u32 lane) {
     if constexpr (EARLY && W::size > 0) {
 #pragma unroll
       for (int k = 0; k < S::REGS; ++k) {
-        if (S::has(k, lane)) early[k] = load_chunk<W, V, false>(weight + S::column(k, lane) * W::size);
+        if (S::has(k, lane)) early[k] = load_weight(k, lane);
         else early[k] = Chunk<W, V>{};
       }
     }
   }
-  JN_DEV void store(u64 row, int k, int column, float (&f)[V]) const {
+  JN_DEV Chunk<W, V> load_weight(int k, u32 lane) const {
+    return load_chunk<W, V, false>(weight + lane * (V * W::size) + k * S::STEP * W::size);
+  }
+  JN_DEV void store(u64 row, u32 lane, int k, float (&f)[V]) const {
     if constexpr (BEFORE) widen<X, V>(narrow<X, V>(f), f);
     if constexpr (W::size > 0) {
       float w[V];
       if (EARLY && k < S::REGS) widen<W, V>(early[k < S::REGS ? k : 0], w);
-      else widen<W, V>(load_chunk<W, V, false>(weight + column * W::size), w);
+      else widen<W, V>(load_weight(k, lane), w);
 #pragma unroll
-      for (int i = 0; i < V; ++i) f[i] *= w[i] + offset;
+      for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
     }
-    store_bits(y + (row * P + column) * Y::size, narrow<Y, V>(f));
+    store_bits(y + (row * P + lane * V) * Y::size + k * S::STEP * Y::size, narrow<Y, V>(f));
   }
-  JN_DEV void finish(u64 row, int lane) const {
+  JN_DEV void finish(u64 row, u32 lane) const {
     if constexpr (P > S::N) {
 #pragma unroll 1
-      for (int column = S::N + lane * V; column < P; column += S::LANES * V)
+      for (u32 column = S::N + lane * V; column < u32(P); column += S::LANES * V)
         store_bits(y + (row * P + column) * Y::size, zero_bits<Y::size * V>());
     }
   }
@@ -301,10 +306,10 @@ template <class S, class X, class W, class Y, int P, bool BEFORE, bool EARLY> st
 template <class S, class R, class Norm, class Epilogue>
 JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float* rstd, float* sums) {
   const auto state = norm.statistics(row, sums);
-  row.each([&](int k, int column, float (&f)[S::V]) {
+  row.each([&](int k, float (&f)[S::V]) {
 #pragma unroll
     for (int i = 0; i < S::V; ++i) f[i] = norm.apply(state, f[i]);
-    epilogue.store(row.row, k, column, f);
+    epilogue.store(row.row, row.lane, k, f);
   });
   if (!row.active) return;
   epilogue.finish(row.row, row.lane);
@@ -313,14 +318,14 @@ JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float
 
 template <class S, class Source, class Norm, class Epilogue>
 JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilogue, float* rstd, u64 rows) {
-  const int thread = thread_id(), lane = thread % S::LANES, group = thread / S::LANES;
+  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread, group = S::GROUPS > 1 ? thread / S::LANES : 0;
   float* sums = (float*)shared_memory();
   unsigned char* stash = shared_memory() + S::Sum::bytes;
   const u64 first = linear_block() * (S::GROUPS * S::UNROLL) + group;
 
   auto make = [&](int u) {
     const u64 row = first + u * S::GROUPS;
-    return Row<S, Source>{source, stash, row, lane, S::Sum::in_wave ? row < rows : true};
+    return Row<S, Source>{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
   };
   using OneRow = Row<S, Source>;
   if constexpr (S::UNROLL == 1) {

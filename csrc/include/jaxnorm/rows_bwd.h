@@ -20,10 +20,11 @@ template <int N_, int V_, int LANES_, int GROUPS_, int TILE_CHUNKS, bool TILED_>
   static_assert(N % V == 0 && (TILED || TILE == CHUNKS), "chunks");
   static_assert(Sum::in_wave || GROUPS == 1, "rows of several waves fill a block");
 
-  static JN_DEV bool has(int k, int lane, int first_chunk) {
-    if constexpr (TILED) return k * LANES + lane < TILE && first_chunk + k * LANES + lane < CHUNKS;
-    else return (k + 1) * LANES <= CHUNKS || k * LANES + lane < CHUNKS;
+  static JN_DEV bool has(int k, u32 lane, u32 first_chunk) {
+    if constexpr (TILED) return k * LANES + lane < u32(TILE) && first_chunk + k * LANES + lane < u32(CHUNKS);
+    else return (k + 1) * LANES <= CHUNKS || k * LANES + lane < u32(CHUNKS);
   }
+  static constexpr int STEP = LANES * V;
 };
 
 // What a row of the backward pass reads, DEPTH rows ahead.
@@ -34,14 +35,14 @@ template <class S, class X, class G, class R> struct RowInputs {
   const char* r;  // cotangent of residual_out, or absent
   const float* rstd;
   int g_stride;
-  int lane, thread;
-  int first_chunk;
+  u32 lane, thread;
+  u32 first_chunk;
 
-  JN_DEV int column(int k) const { return (first_chunk + k * S::LANES + lane) * V; }
+  JN_DEV u32 first_column() const { return (first_chunk + lane) * V; }  // the chunk of slot k is k * STEP further
   JN_DEV bool has(int k) const { return S::has(k, lane, first_chunk); }
-  JN_DEV const char* x_at(u64 row, int k) const { return x + (row * S::N + column(k)) * X::size; }
-  JN_DEV const char* g_at(u64 row, int k) const { return g + (row * g_stride + column(k)) * G::size; }
-  JN_DEV const char* r_at(u64 row, int k) const { return r + (row * S::N + column(k)) * R::size; }
+  JN_DEV const char* x_at(u64 row, int k) const { return x + (row * S::N + first_column()) * X::size + k * S::STEP * X::size; }
+  JN_DEV const char* g_at(u64 row, int k) const { return g + (row * g_stride + first_column()) * G::size + k * S::STEP * G::size; }
+  JN_DEV const char* r_at(u64 row, int k) const { return r + (row * S::N + first_column()) * R::size + k * S::STEP * R::size; }
 };
 
 // Rows ahead wait in shared memory, copied there without passing through registers.
@@ -123,7 +124,7 @@ template <class S, class X, class G, class R, int DEPTH_> struct RegisterPipe {
 };
 
 // w' = weight + offset of a thread's columns: in registers for the whole kernel, or read again for each row.
-template <class S, class W, bool HELD> struct Weights {
+template <class S, class W, bool OFFSET, bool HELD> struct Weights {
   static constexpr int V = S::V;
   const char* weight;
   float offset;
@@ -133,19 +134,22 @@ template <class S, class W, bool HELD> struct Weights {
     if constexpr (HELD && W::size > 0) {
 #pragma unroll
       for (int k = 0; k < S::PER; ++k) {
-        if (in.has(k)) held[k] = load_chunk<W, V, false>(weight + in.column(k) * W::size);
+        if (in.has(k)) held[k] = load(k, in);
         else held[k] = Chunk<W, V>{};
       }
     }
   }
+  template <class In> JN_DEV Chunk<W, V> load(int k, const In& in) const {
+    return load_chunk<W, V, false>(weight + in.first_column() * W::size + k * S::STEP * W::size);
+  }
   // f *= w'
-  JN_DEV void scale(int k, int column, float (&f)[V]) const {
+  template <class In> JN_DEV void scale(int k, const In& in, float (&f)[V]) const {
     if constexpr (W::size > 0) {
       float w[V];
       if constexpr (HELD) widen<W, V>(held[k], w);
-      else widen<W, V>(load_chunk<W, V, false>(weight + column * W::size), w);
+      else widen<W, V>(load(k, in), w);
 #pragma unroll
-      for (int i = 0; i < V; ++i) f[i] *= w[i] + offset;
+      for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
     }
   }
 };
@@ -158,19 +162,19 @@ struct BackwardPointers {
 };
 
 // Adds the groups' weight gradients in a fixed order; the sum ends in group 0.
-template <class S> JN_DEV void add_groups(float (&dw)[S::PER][S::V], unsigned char* memory, int group, int lane) {
+template <class S> JN_DEV void add_groups(float (&dw)[S::PER][S::V], unsigned char* memory, u32 group, u32 lane) {
 #pragma unroll
   for (int half = S::GROUPS / 2; half >= 1; half /= 2) {
     float* at = (float*)memory + (group % half * S::LANES + lane) * (S::PER * S::V);
     barrier();
-    if (group >= half && group < 2 * half) {
+    if (group >= u32(half) && group < u32(2 * half)) {
 #pragma unroll
       for (int k = 0; k < S::PER; ++k)
 #pragma unroll
         for (int i = 0; i < S::V; ++i) at[k * S::V + i] = dw[k][i];
     }
     barrier();
-    if (group < half) {
+    if (group < u32(half)) {
 #pragma unroll
       for (int k = 0; k < S::PER; ++k)
 #pragma unroll
@@ -180,14 +184,14 @@ template <class S> JN_DEV void add_groups(float (&dw)[S::PER][S::V], unsigned ch
 }
 
 // RMSNorm: xh = n * rstd, gw = g * w', ds = rstd * (gw - xh * mean(gw * xh)) + r, dw = sum of g * xh over the rows.
-template <class S, class Pipe, class X, class W, class G, class R, class DX, class DR, bool DW, bool HELD>
+template <class S, class Pipe, class X, class W, class G, class R, class DX, class DR, bool OFFSET, bool DW, bool HELD>
 JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows, u32 programs, int g_stride) {
   constexpr int V = S::V;
-  const int thread = thread_id(), lane = thread % S::LANES, group = thread / S::LANES;
+  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread, group = S::GROUPS > 1 ? thread / S::LANES : 0;
   unsigned char* memory = shared_memory();
   float* sums = (float*)memory;
-  const RowInputs<S, X, G, R> in{p.x, p.g, p.r, p.rstd, g_stride, lane, thread, S::TILED ? int(block_y()) * S::TILE : 0};
-  Weights<S, W, HELD> weights{p.weight, offset};
+  const RowInputs<S, X, G, R> in{p.x, p.g, p.r, p.rstd, g_stride, lane, thread, S::TILED ? block_y() * S::TILE : 0};
+  Weights<S, W, OFFSET, HELD> weights{p.weight, offset};
   Pipe pipe(in, memory + (S::TILED ? 0 : 2 * S::Sum::bytes));
 
   const u64 base = u64(block_x()) * S::GROUPS, stride = u64(programs) * S::GROUPS;
@@ -221,7 +225,7 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
         float x[V], g[V];
         widen<X, V>(pipe.x(k), x);
         widen<G, V>(pipe.g(k), g);
-        weights.scale(k, in.column(k), g);
+        weights.scale(k, in, g);
 #pragma unroll
         for (int i = 0; i < V; ++i) part[k] = fused_multiply_add(g[i], x[i], part[k]);
       }
@@ -246,7 +250,7 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
         x[i] *= rstd;
         if constexpr (DW) dw[k][i] = fused_multiply_add(g[i], x[i], dw[k][i]);
       }
-      weights.scale(k, in.column(k), g);
+      weights.scale(k, in, g);
       if constexpr (R::size > 0) {
         float r[V];
         widen<R, V>(pipe.r(k), r);
@@ -256,8 +260,9 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
 #pragma unroll
         for (int i = 0; i < V; ++i) ds[i] = rstd * fused_multiply_add(-x[i], mean, g[i]);
       }
-      store_bits(p.dx + (row * S::N + in.column(k)) * DX::size, narrow<DX, V>(ds));
-      if constexpr (DR::size > 0) store_bits(p.dresidual + (row * S::N + in.column(k)) * DR::size, narrow<DR, V>(ds));
+      const u64 start = row * S::N + in.first_column();
+      store_bits(p.dx + start * DX::size + k * S::STEP * DX::size, narrow<DX, V>(ds));
+      if constexpr (DR::size > 0) store_bits(p.dresidual + start * DR::size + k * S::STEP * DR::size, narrow<DR, V>(ds));
     }
   }
 
@@ -269,22 +274,22 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
     if (group == 0) {
 #pragma unroll
       for (int k = 0; k < S::PER; ++k)
-        if (in.has(k)) store_bits((char*)(p.partials + u64(block_x()) * S::N + in.column(k)), narrow<F32, V>(dw[k]));
+        if (in.has(k)) store_bits((char*)(p.partials + u64(block_x()) * S::N + in.first_column() + k * S::STEP), narrow<F32, V>(dw[k]));
     }
   }
 }
 
 // dot[row] = sum(g * w' * x), for rows that backward_rms_rows cannot hold; one block per row.
-template <class S, class X, class W, class G>
+template <class S, class X, class W, class G, bool OFFSET>
 JN_DEV void backward_rms_dot(const BackwardPointers& p, float offset, u64 rows, int g_stride, float* dot) {
   constexpr int V = S::V, BATCH = 4;
   static_assert(!S::TILED && !S::Sum::in_wave, "several waves to a row");
-  const int thread = thread_id();
+  const u32 thread = thread_id();
   float* sums = (float*)shared_memory();
   const u64 row = linear_block();
   if (row >= rows) return;
   const RowInputs<S, X, G, None> in{p.x, p.g, nullptr, nullptr, g_stride, thread, thread, 0};
-  Weights<S, W, false> weights{p.weight, offset};
+  Weights<S, W, OFFSET, false> weights{p.weight, offset};
 #pragma unroll 1
   for (int first = 0; first < S::PER; first += BATCH) {
     Chunk<X, V> x_raw[BATCH];
@@ -303,7 +308,7 @@ JN_DEV void backward_rms_dot(const BackwardPointers& p, float offset, u64 rows, 
       float x[V], g[V];
       widen<X, V>(x_raw[j], x);
       widen<G, V>(g_raw[j], g);
-      weights.scale(0, in.column(first + j), g);
+      weights.scale(first + j, in, g);
 #pragma unroll
       for (int i = 0; i < V; ++i) part[j] = fused_multiply_add(g[i], x[i], part[j]);
     }
@@ -317,9 +322,9 @@ JN_DEV void backward_rms_dot(const BackwardPointers& p, float offset, u64 rows, 
 template <int N, int V, int COLUMNS, int SLICES>
 JN_DEV void add_partials(const float* partials, u32 programs, float* result) {
   static_assert(N % V == 0 && next_power_of_2(SLICES) == SLICES, "slices");
-  const int thread = thread_id(), lane = thread % COLUMNS, slice = thread / COLUMNS;
-  const int column = (int(block_x()) * COLUMNS + lane) * V;
-  const bool has = column < N;
+  const u32 thread = thread_id(), lane = thread % COLUMNS, slice = thread / COLUMNS;
+  const u32 column = (block_x() * COLUMNS + lane) * V;
+  const bool has = column < u32(N);
   float sum[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) sum[i] = 0.f;
@@ -337,12 +342,12 @@ JN_DEV void add_partials(const float* partials, u32 programs, float* result) {
   for (int half = SLICES / 2; half >= 1; half /= 2) {
     float* at = memory + (slice % half * COLUMNS + lane) * V;
     barrier();
-    if (slice >= half && slice < 2 * half) {
+    if (slice >= u32(half) && slice < u32(2 * half)) {
 #pragma unroll
       for (int i = 0; i < V; ++i) at[i] = sum[i];
     }
     barrier();
-    if (slice < half) {
+    if (slice < u32(half)) {
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[i] += at[i];
     }

@@ -21,7 +21,7 @@ template <int BYTES> JN_DEV Bits<BYTES> zero_bits() {
   return b;
 }
 
-template <class T, int V> JN_DEV void widen(const Chunk<T, V>& c, float (&f)[V]) {
+template <class T, int V, bool AGAIN = false> JN_DEV void widen(const Chunk<T, V>& c, float (&f)[V]) {
   if constexpr (T::size == 4) {
 #pragma unroll
     for (int i = 0; i < V; ++i) f[i] = bits_f32(c.word[i]);
@@ -30,7 +30,10 @@ template <class T, int V> JN_DEV void widen(const Chunk<T, V>& c, float (&f)[V])
     unpack2(T{}, c.half, f[0], unused);
   } else {
 #pragma unroll
-    for (int i = 0; i < V / 2; ++i) unpack2(T{}, c.word[i], f[2 * i], f[2 * i + 1]);
+    for (int i = 0; i < V / 2; ++i) {
+      if constexpr (AGAIN) unpack2_again(T{}, c.word[i], f[2 * i], f[2 * i + 1]);
+      else unpack2(T{}, c.word[i], f[2 * i], f[2 * i + 1]);
+    }
   }
 }
 
@@ -145,11 +148,11 @@ template <int PENDING> JN_DEV void async_wait() {
 template <class T, int V, int THREADS> struct Stash {
   static constexpr int bytes = T::size * V, piece = min_of(bytes, 16), pieces = bytes ? bytes / piece : 0;
   static constexpr int footprint = bytes * THREADS;
-  static JN_DEV void fetch(unsigned char* base, int thread, const char* from) {
+  static JN_DEV void fetch(unsigned char* base, u32 thread, const char* from) {
 #pragma unroll
     for (int i = 0; i < pieces; ++i) async_copy<piece>(base + (i * THREADS + thread) * piece, from + i * piece);
   }
-  static JN_DEV Chunk<T, V> read(const unsigned char* base, int thread) {
+  static JN_DEV Chunk<T, V> read(const unsigned char* base, u32 thread) {
     if constexpr (pieces <= 1) {
       return *(const Bits<bytes>*)(base + thread * piece);
     } else {
