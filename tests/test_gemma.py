@@ -143,7 +143,7 @@ def test_sampling():
 PIECES = (
     [("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 2)]
     + [(f"<0x{byte:02X}>", 6) for byte in range(256)]
-    + [("\n\n", 4)]
+    + [("\n\n", 4), ("   ", 4)]
     + [(piece, 1) for piece in ("he", "th", "the", "▁the", "▁", "t", "h", "e", "c", "a", "ca", "cat", "▁cat", "at")]
 )
 
@@ -159,6 +159,7 @@ def test_tokenizer_on_a_made_up_vocabulary():
     assert len(tokenizer) == len(pieces)
     assert [pieces[i] for i in tokenizer.encode("the cat the")] == ["<bos>", "the", "▁cat", "▁the"]
     assert [pieces[i] for i in tokenizer.encode("t\n\né")] == ["<bos>", "t", "\n\n", "<0xC3>", "<0xA9>"]
+    assert [pieces[i] for i in tokenizer.encode("   the")] == ["<bos>", "   ", "the"]
     for text in ("", " ", "the cat", "  the\n\n\ncat ", "Käse 🧀", "<bos>"):
         assert tokenizer.decode(tokenizer.encode(text)[1:]) == text
 
@@ -317,13 +318,13 @@ def real_file() -> gguf_file.GGUFFile:
 
 
 def test_real_tokenizer():
-    """Same ids as transformers' tokenizer of the same file, and decode is the inverse of encode."""
+    """Same ids as transformers' tokenizer of the same file; decoding gives the text back."""
     tokenizer = Tokenizer.from_gguf(real_file())
-    for case in [
-        *reference()["tokenizer"],
-        *({"text": p["prompt"], "ids": p["prompt_ids"]} for p in reference()["prompts"].values()),
-    ]:
-        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+    cases = [(case["text"], case["ids"]) for case in reference()["tokenizer"]]
+    cases += [(case["prompt"], case["prompt_ids"]) for case in reference()["prompts"].values()]
+    for text, ids in cases:
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids[1:]) == text.replace("\u2581", " ")
 
 
 def check_reference(backends: list[str | None]) -> None:

@@ -27,6 +27,8 @@ PROMPTS = {
     # More tokens than the sliding window of 512, so that local and global layers see different keys.
     "longer_than_window": "A list of squares.\n" + "".join(f"The square of {n} is {n * n}.\n" for n in range(1, 51)),
 }
+# No run of more than 31 spaces, the longest piece: SentencePiece takes the longest piece first (31 + 9 for 40 spaces), the
+# tokenizer that transformers builds merges pairs (16 + 24).
 TOKENIZER_STRINGS = [
     "",
     " ",
@@ -37,7 +39,8 @@ TOKENIZER_STRINGS = [
     "日本語のテキスト, русский текст, نص عربي, हिन्दी",
     "emoji 🧀🇫🇷👩‍👩‍👧 and a rare one 𓂀",
     "def f(x):\n        return {'a': x ** 2}  # 12345.678e-9",
-    "<start_of_turn>user\nhi<end_of_turn>\n<b>bold</b>",
+    "<b>bold</b> and <table>\n<tr><td>cells</td></tr>\n</table>",
+    "\t\tif x:\n\t\t\treturn   # runs of tabs and   spaces" + 12 * " " + "end",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "\u2581already marked\u2581",
 ]

@@ -16,6 +16,8 @@ except ImportError as error:
 class Tokenizer:
     """Byte-fallback BPE over `pieces`; GGUF's token types are SentencePiece's (1 normal, 2 unknown, 3 control, ...).
 
+    Control pieces such as <start_of_turn> are never read out of text: in a prompt they are ordinary characters.
+
     Args:
       pieces, scores, types: one entry per token id.
       bos_id, eos_id, unk_id, pad_id: the special ids.
@@ -36,9 +38,11 @@ class Tokenizer:
     ) -> None:
         proto = model_pb2.ModelProto()
         Piece = model_pb2.ModelProto.SentencePiece
-        proto.pieces.extend(
-            Piece(piece=piece, score=score, type=kind) for piece, score, kind in zip(pieces, scores, types, strict=True)
-        )
+        user_defined = Piece.Type.USER_DEFINED
+        for piece, score, kind in zip(pieces, scores, types, strict=True):
+            # GGUF writes the runs of spaces, which are user-defined pieces, with plain spaces; the others with U+2581.
+            text = piece.replace(" ", "\u2581") if kind == user_defined else piece
+            proto.pieces.append(Piece(piece=text, score=score, type=kind))
         trainer = proto.trainer_spec
         trainer.model_type = model_pb2.TrainerSpec.BPE
         trainer.vocab_size = len(pieces)
