@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+from jax import core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -21,8 +22,11 @@ def varying(aval: Any) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()) if axes is None else axes)
 
 
-def match_varying(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
-    """Make all arrays vary over the same manual axes. The transpose of the cast is the psum of a replicated weight's gradient."""
+def match_varying(arrays: Sequence[Any]) -> list[Any]:
+    """Make all arrays (None stays None) vary over the same manual axes.
+
+    The transpose of the cast is the psum of a replicated weight's gradient.
+    """
     axes = frozenset().union(*(varying(jax.typeof(a)) for a in arrays if a is not None))
     return [_vary(a, axes) for a in arrays]
 
@@ -45,7 +49,7 @@ def like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 def plain(aval: Any) -> Any:
     """Shape and dtype alone, for tracing what stands behind a lowering rule."""
-    return jax.core.ShapedArray(aval.shape, aval.dtype)
+    return core.ShapedArray(aval.shape, aval.dtype)
 
 
 def manual_axes() -> frozenset[str]:

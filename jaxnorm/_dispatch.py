@@ -72,10 +72,17 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
     named, by = call.backend, call.backend_source
     if platform == "cpu":
         if named in (None, "xla"):
-            return Chosen("xla", f"named by {by}" if named else "platform cpu: the xla backend is what runs there",
-                          rejected=() if named else tuple((b, "needs a GPU") for b in ("triton", "hip")))  # fmt: skip
-        raise UnsupportedError(call.op, "cpu", f"backend={named!r} is not usable: it needs a GPU and this call is for the CPU.",
-                               "Leave backend=None (the xla backend runs here).")  # fmt: skip
+            return Chosen(
+                "xla",
+                f"named by {by}" if named else "platform cpu: the xla backend is what runs there",
+                rejected=() if named else tuple((b, "needs a GPU") for b in ("triton", "hip")),
+            )
+        raise UnsupportedError(
+            call.op,
+            "cpu",
+            f"backend={named!r} is not usable: it needs a GPU and this call is for the CPU.",
+            "Leave backend=None (the xla backend runs here).",
+        )
     if named == "xla":
         return Chosen("xla", f"named by {by}")
     if named is not None:
@@ -85,7 +92,9 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
     rejected: list[tuple[str, str]] = []
     for backend in order:
         if backend == "xla":
-            return Chosen("xla", why if not rejected else "no kernel backend serves this call", rejected=tuple(rejected))
+            return Chosen(
+                "xla", why if not rejected else "no kernel backend serves this call", rejected=tuple(rejected)
+            )
         try:
             plan, road = _serve(call, p, platform, backend)
         except UnsupportedError as e:
@@ -107,7 +116,11 @@ def _order(call: StageCall, p: Problem) -> tuple[tuple[str, ...], str]:
         return order, f"measured best at N={entry.features} on {entry.device}"
     # Without a measurement: HIP first, whose instances are compiled for the exact row length in a fraction of Triton's time; on
     # every H200 cell of benchmarks/results its kernels were at least level.
-    return ("hip", "triton", "xla"), f"no measurement for {p.target}, N={p.features}: kernels before xla, hip before triton"
+    return (
+        "hip",
+        "triton",
+        "xla",
+    ), f"no measurement for {p.target}, N={p.features}: kernels before xla, hip before triton"
 
 
 def has_residual(p: Problem) -> bool:
@@ -128,7 +141,9 @@ def _serve(call: StageCall, p: Problem, platform: str, backend: str) -> tuple[tu
             raise Unsupported(f"{call.op} has no {backend} kernel.")
         return importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan(p), road
     except Unsupported as e:
-        raise UnsupportedError(call.op, p.target, str(e), "Leave backend=None to fall back to another backend.") from None
+        raise UnsupportedError(
+            call.op, p.target, str(e), "Leave backend=None to fall back to another backend."
+        ) from None
 
 
 def compiler(backend: str, target: str) -> tuple[bool, str, str]:
@@ -170,7 +185,9 @@ def _info(backend: str, platform: str) -> BackendInfo:
     platform = {"gpu": "cuda"}.get(platform, platform)
     if platform not in _target.DEFAULT:
         device = f"jax's default device is {platform}"
-        return BackendInfo(False, f"needs a GPU; {device}.", "Install jax[cuda13], or the ROCm plugin of jax, on a machine with a GPU.")
+        return BackendInfo(
+            False, f"needs a GPU; {device}.", "Install jax[cuda13], or the ROCm plugin of jax, on a machine with a GPU."
+        )
     try:
         t = _target.resolve(platform, _target.named())
         usable, reason, remedy = compiler(backend, t)

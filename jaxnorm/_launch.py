@@ -42,7 +42,9 @@ def _jitted(call: StageCall) -> Any:
 def _(*avals: Any, call: StageCall) -> list[Any]:
     first = avals[0]
     if any(_compat.varying(a) != _compat.varying(first) for a in avals):
-        raise ValueError(f"{call.op}: operands vary over different mesh axes: {[sorted(_compat.varying(a)) for a in avals]}")
+        raise ValueError(
+            f"{call.op}: operands vary over different mesh axes: {[sorted(_compat.varying(a)) for a in avals]}"
+        )
     lead = first.shape[:-1]
     return [_compat.like(first, call.result_shape(name, lead), np.dtype(dtype)) for name, _, dtype in call.results]
 
@@ -52,7 +54,9 @@ def _lower_reference(ctx: Any, *args: Any, call: StageCall) -> Any:
 
 
 def _lower(ctx: Any, args: Any, fun: Any) -> Any:
-    plain = ctx.replace(avals_in=[_compat.plain(a) for a in ctx.avals_in], avals_out=[_compat.plain(a) for a in ctx.avals_out])
+    plain = ctx.replace(
+        avals_in=[_compat.plain(a) for a in ctx.avals_in], avals_out=[_compat.plain(a) for a in ctx.avals_out]
+    )
     return mlir.lower_fun(fun, multiple_results=True)(plain, *args)
 
 
@@ -91,9 +95,14 @@ def problem(call: StageCall, avals: Any, target: str) -> Problem:
     results = [(n, call.result_shape(n, (rows,)), dtype) for n, _, dtype in call.results]
     buffers = operands + results
     return Problem(
-        stage=call.stage, rows=rows, features=call.features, shapes=tuple((n, s) for n, s, _ in buffers),
-        dtypes=tuple((n, d) for n, _, d in buffers), options=call.options, target=target,
-    )  # fmt: skip
+        stage=call.stage,
+        rows=rows,
+        features=call.features,
+        shapes=tuple((n, s) for n, s, _ in buffers),
+        dtypes=tuple((n, d) for n, _, d in buffers),
+        options=call.options,
+        target=target,
+    )
 
 
 def bridge() -> str | None:
@@ -116,7 +125,10 @@ def road(backend: str, platform: str) -> tuple[str | None, str]:
     if asked == "jaxlib" or (asked is None and has_image_call):
         if has_image_call:
             return "jaxlib", status.reason
-        return None, f"jaxlib {'.'.join(map(str, _jaxlib_version()))} cannot launch an embedded image; 0.11.2 or newer can."
+        return (
+            None,
+            f"jaxlib {'.'.join(map(str, _jaxlib_version()))} cannot launch an embedded image; 0.11.2 or newer can.",
+        )
     from ._compile import jax_triton_bridge
 
     usable, reason, remedy = jax_triton_bridge.available(platform)
@@ -137,7 +149,9 @@ def run_plan(
     if by is None:
         by, why = road(backend, platform)
         if by is None:
-            raise UnsupportedError(p.stage, p.target, f"no way to launch {backend} kernels: {why}", "See `python -m jaxnorm doctor`.")
+            raise UnsupportedError(
+                p.stage, p.target, f"no way to launch {backend} kernels: {why}", "See `python -m jaxnorm doctor`."
+            )
     buffers = dict(operands)
     for launch in plan:
         temps = {name: (shape, dtype) for name, shape, dtype in launch.temps}
@@ -184,7 +198,9 @@ def _by_jaxlib(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str
     return _without_absent(launch, p, types, buffers, call)
 
 
-def _by_jax_triton(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any) -> Any:
+def _by_jax_triton(
+    launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any
+) -> Any:
     from ._compile import jax_triton_bridge
 
     return _without_absent(launch, p, types, buffers, lambda args, outs: jax_triton_bridge.call(launch, p, args, outs))

@@ -1,13 +1,13 @@
 """The one place where batching, sharding, higher derivatives and the kernel call of a stage are composed.
 
-    custom_vjp (in the family)        reverse mode; outermost, so that what is inside is never asked for a jvp
-      custom_jvp                      derivatives of the forward and backward stages themselves: those of the reference
-        custom_vmap                   one more leading dim while the vectors are shared, else a loop over the examples
-          shard_map from the type     the first operand lives on an Explicit mesh
-          | the local function        axes already manual (shard_map, pmap)
-          | custom_partitioning       everything else
-            local function            folds the leading dims to rows, only here
-              primitive               lowered per platform in _launch
+custom_vjp (in the family)        reverse mode; outermost, so that what is inside is never asked for a jvp
+  custom_jvp                      derivatives of the forward and backward stages themselves: those of the reference
+    custom_vmap                   one more leading dim while the vectors are shared, else a loop over the examples
+      shard_map from the type     the first operand lives on an Explicit mesh
+      | the local function        axes already manual (shard_map, pmap)
+      | custom_partitioning       everything else
+        local function            folds the leading dims to rows, only here
+          primitive               lowered per platform in _launch
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
         has_rows = ["..." in call.dims(name) for name in call.names]
         shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))
         if shared and not call.row_sums:
-            spread = [a if b or not rows else jnp.broadcast_to(a, (size, *a.shape))
-                      for a, b, rows in zip(operands, batched, has_rows, strict=True)]  # fmt: skip
+            spread = [
+                a if b or not rows else jnp.broadcast_to(a, (size, *a.shape))
+                for a, b, rows in zip(operands, batched, has_rows, strict=True)
+            ]
             return stage(*spread), whole
         loop = [a for a, b in zip(operands, batched, strict=True) if b]
 
@@ -89,9 +91,11 @@ def _partitioned(call: StageCall) -> Callable[..., Any]:
     rule, replicated = _sharding.rule(call)
     f = custom_partitioning(lambda *operands: local(*operands))
     f.def_partition(
-        partition=_sharding.partition(call, local), infer_sharding_from_operands=_sharding.infer(call), sharding_rule=rule,
+        partition=_sharding.partition(call, local),
+        infer_sharding_from_operands=_sharding.infer(call),
+        sharding_rule=rule,
         need_replication_factors=replicated,
-    )  # fmt: skip
+    )
     return f
 
 

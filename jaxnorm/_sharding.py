@@ -55,7 +55,9 @@ def _shard_function(call: StageCall, local: Local, row_axes: tuple[str, ...], fe
         out = call.compute(operands, feature_axes) if feature_axes else local(*operands)
         if not row_axes:
             return out
-        summed = [jax.lax.psum(o, row_axes) if r[0] in call.row_sums else o for o, r in zip(out, call.results, strict=True)]
+        summed = [
+            jax.lax.psum(o, row_axes) if r[0] in call.row_sums else o for o, r in zip(out, call.results, strict=True)
+        ]
         return tuple(summed)
 
     return run
@@ -73,25 +75,29 @@ def by_type(call: StageCall, local: Local, operands: tuple[jax.Array, ...]) -> t
     return tuple(jax.shard_map(shard, mesh=sharding.mesh, in_specs=tuple(ins), out_specs=tuple(outs))(*operands))
 
 
-def conform(operands: dict[str, tuple[jax.Array | None, str]], *, gather_features: bool = False) -> list[jax.Array | None]:
+def conform(operands: dict[str, tuple[Any, str]], *, gather_features: bool = False) -> list[Any]:
     """Explicit mesh: reshard the operands (name -> array, dims) of a public call to fit the first one.
 
     Done outside the custom_vjp, so that each gradient comes back in the type of its argument.
     """
     x, _ = next(iter(operands.values()))
-    assert x is not None
     if _compat.explicit_mesh(jax.typeof(x)) is None or _compat.manual_axes():
         return [a for a, _ in operands.values()]
     sharding = jax.typeof(x).sharding
     spec = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
     feature = None if gather_features else spec[-1]
     entries = {"... n": (*spec[:-1], feature), "...": spec[:-1], "n": (feature,)}
-    return [None if a is None else _reshard(a, sharding.mesh, PartitionSpec(*entries[dims])) for a, dims in operands.values()]
+    return [
+        None if a is None else _reshard(a, sharding.mesh, PartitionSpec(*entries[dims]))
+        for a, dims in operands.values()
+    ]
 
 
 def _reshard(a: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     now = tuple(jax.typeof(a).sharding.spec)
-    return a if now + (None,) * (a.ndim - len(now)) == tuple(spec) else jax.sharding.reshard(a, NamedSharding(mesh, spec))
+    return (
+        a if now + (None,) * (a.ndim - len(now)) == tuple(spec) else jax.sharding.reshard(a, NamedSharding(mesh, spec))
+    )
 
 
 def partition(call: StageCall, local: Local) -> Callable[..., Any]:

@@ -45,7 +45,13 @@ def test_compiles_once_per_process_and_once_per_machine(folder: Path) -> None:
     second = cache.get_or_compile(["a", b"b"], build)
     assert build.calls == 1
     assert second == first
-    assert (second.image, second.name, second.threads, second.shared, second.asm) == (CODE.image, "kernel", 256, 1024, CODE.asm)
+    assert (second.image, second.name, second.threads, second.shared, second.asm) == (
+        CODE.image,
+        "kernel",
+        256,
+        1024,
+        CODE.asm,
+    )
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -63,10 +69,15 @@ def test_damaged_entry_is_compiled_again(folder: Path, damage: str) -> None:
     cache.get_or_compile(["a"], build)
     path = entry(folder)
     data = path.read_bytes()
-    path.write_bytes({
-        "empty": b"", "cut": data[:-7], "flipped": data[:-1] + bytes([data[-1] ^ 1]), "not json": b"{" + data,
-        "not elf": data.replace(b"\x7fELF", b"\x7fELG"),
-    }[damage])  # fmt: skip
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": data[:-7],
+            "flipped": data[:-1] + bytes([data[-1] ^ 1]),
+            "not json": b"{" + data,
+            "not elf": data.replace(b"\x7fELF", b"\x7fELG"),
+        }[damage]
+    )
     cache.clear_memory()
     assert cache.get_or_compile(["a"], build).image == CODE.image
     assert build.calls == 2

@@ -37,7 +37,9 @@ def choose(backend: str | None = None, target: str = "sm_90", fn=jn.rmsnorm) -> 
 
 
 def test_order_of_who_decides(kernels_usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "lookup", lambda *a: table.Entry("rmsnorm_fwd", "bfloat16", 4096, False, "triton", "NVIDIA H200"))
+    monkeypatch.setattr(
+        table, "lookup", lambda *a: table.Entry("rmsnorm_fwd", "bfloat16", 4096, False, "triton", "NVIDIA H200")
+    )
     assert (choose().backend, "measured" in choose().reason) == ("triton", True)
     monkeypatch.setenv("JAXNORM_BACKEND", "hip")
     assert (choose().backend, choose().reason) == ("hip", "named by JAXNORM_BACKEND")
@@ -49,7 +51,9 @@ def test_order_of_who_decides(kernels_usable: None, monkeypatch: pytest.MonkeyPa
 
 def test_fallback_tells_why(kernels_usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "lookup", lambda *a: None)
-    monkeypatch.setattr(_dispatch, "compiler", lambda backend, target: (backend == "triton", "no hipRTC here", "install ROCm"))
+    monkeypatch.setattr(
+        _dispatch, "compiler", lambda backend, target: (backend == "triton", "no hipRTC here", "install ROCm")
+    )
     c = choose(target="gfx942")
     assert c.backend == "triton"
     ((name, why),) = c.rejected
@@ -58,21 +62,25 @@ def test_fallback_tells_why(kernels_usable: None, monkeypatch: pytest.MonkeyPatc
 
 
 def test_required_backend_does_not_fall_back(kernels_usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "compiler", lambda backend, target: (backend == "triton", "no hipRTC here", "install ROCm"))
+    monkeypatch.setattr(
+        _dispatch, "compiler", lambda backend, target: (backend == "triton", "no hipRTC here", "install ROCm")
+    )
     monkeypatch.setenv("JAXNORM_REQUIRE", "hip")
-    with pytest.raises(UnsupportedError, match="no hipRTC here.*install ROCm"):
+    with pytest.raises(UnsupportedError, match=r"no hipRTC here.*install ROCm"):
         choose(target="gfx942")
 
 
 def test_missing_launcher_falls_back_unless_required(kernels_usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "status", lambda: _native.Status(False, "launcher not built: no compiler", "reinstall", None))
+    monkeypatch.setattr(
+        _native, "status", lambda: _native.Status(False, "launcher not built: no compiler", "reinstall", None)
+    )
     monkeypatch.setenv("JAXNORM_TRITON_BRIDGE", "launcher")
     c = choose()
     assert c.backend == "xla" and all("launcher not built" in why for _, why in c.rejected) and len(c.rejected) == 2
-    with pytest.raises(UnsupportedError, match="launcher not built"):
+    with pytest.raises(UnsupportedError, match=r"launcher not built"):
         choose("hip")
     monkeypatch.setenv("JAXNORM_REQUIRE", "launcher")
-    with pytest.raises(UnsupportedError, match="launcher not built"):
+    with pytest.raises(UnsupportedError, match=r"launcher not built"):
         choose()
 
 
@@ -93,32 +101,37 @@ def test_context_is_part_of_the_jit_cache() -> None:
 
 
 def test_wrong_names() -> None:
-    with pytest.raises(ValueError, match="use_backend: name: got 'cuda', expected None, 'xla', 'triton' or 'hip'"):
+    with pytest.raises(ValueError, match=r"use_backend: name: got 'cuda', expected None, 'xla', 'triton' or 'hip'"):
         jn.use_backend("cuda")
-    with pytest.raises(ValueError, match="use_target: targets: got platform 'amd'"):
+    with pytest.raises(ValueError, match=r"use_target: targets: got platform 'amd'"):
         jn.use_target({"amd": "gfx942"})
-    with pytest.raises(ValueError, match="use_target.*'sm_90'.*such as 'gfx942'"):
+    with pytest.raises(ValueError, match=r"use_target.*'sm_90'.*such as 'gfx942'"):
         jn.use_target({"rocm": "sm_90"})
 
 
 def test_wrong_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXNORM_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="JAXNORM_BACKEND.*'cuda'"):
+    with pytest.raises(ValueError, match=r"JAXNORM_BACKEND.*'cuda'"):
         jn.rmsnorm(jnp.ones((2, 8)), None)
     monkeypatch.delenv("JAXNORM_BACKEND")
     monkeypatch.setenv("JAXNORM_TRITON_BRIDGE", "pigeon")
-    with pytest.raises(ValueError, match="JAXNORM_TRITON_BRIDGE: got 'pigeon', expected one of launcher, jaxlib, jax-triton"):
+    with pytest.raises(
+        ValueError, match=r"JAXNORM_TRITON_BRIDGE: got 'pigeon', expected one of launcher, jaxlib, jax-triton"
+    ):
         choose("triton")
 
 
 def test_kernel_backend_on_cpu_is_refused_with_a_remedy() -> None:
-    with pytest.raises(UnsupportedError, match="rmsnorm: backend='hip' is not usable: it needs a GPU.*Leave backend=None") as e:
+    with pytest.raises(
+        UnsupportedError, match=r"rmsnorm: backend='hip' is not usable: it needs a GPU.*Leave backend=None"
+    ) as e:
         jn.rmsnorm(jnp.ones((2, 8)), None, backend="hip")
     assert (e.value.op, e.value.device) == ("rmsnorm", "cpu") and e.value.reason and e.value.remedy
 
 
 def test_table_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = [{"stage": "rmsnorm_fwd", "dtype": "bfloat16", "features": n, "residual": False, "backend": b} for n, b in ((1024, "hip"), (8192, "xla"))]
+    common = {"stage": "rmsnorm_fwd", "dtype": "bfloat16", "residual": False}
+    entries = [{**common, "features": n, "backend": b} for n, b in ((1024, "hip"), (8192, "xla"))]
     (tmp_path / "a_gpu").mkdir()
     good = {"format": table.FORMAT, "target": "sm_90", "device": "A GPU", "entries": entries}
     (tmp_path / "a_gpu" / "rmsnorm.json").write_text(json.dumps(good))
@@ -127,7 +140,10 @@ def test_table_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "FOLDER", tmp_path)
     table.entries.cache_clear()
     try:
-        look = lambda n, target="sm_90", dtype="bfloat16", residual=False: table.lookup(target, "rmsnorm_fwd", dtype, n, residual)  # noqa: E731
+
+        def look(n: int, target: str = "sm_90", dtype: str = "bfloat16", residual: bool = False) -> table.Entry | None:
+            return table.lookup(target, "rmsnorm_fwd", dtype, n, residual)
+
         assert look(1024).backend == "hip" and look(1500).backend == "hip"
         assert look(7168).backend == "xla"
         assert look(300) is None, "more than a factor of two from any measurement"

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from ..errors import type_error, value_error
 
@@ -38,7 +39,9 @@ def features_last(op: str, argument: str, a: jax.Array) -> None:
 
 def same_shape(op: str, argument: str, a: jax.Array, x: jax.Array) -> None:
     if a.shape != x.shape:
-        raise value_error(op, argument, f"shape {a.shape}", f"{x.shape} as x", "Did you shard or slice only one of them?")
+        raise value_error(
+            op, argument, f"shape {a.shape}", f"{x.shape} as x", "Did you shard or slice only one of them?"
+        )
 
 
 def vector(op: str, argument: str, value: Any, n: int) -> jax.Array | None:
@@ -53,8 +56,10 @@ def vector(op: str, argument: str, value: Any, n: int) -> jax.Array | None:
 
 def number(op: str, argument: str, value: Any) -> float:
     """A finite Python number, known when tracing."""
-    if isinstance(value, jax.core.Tracer):
-        raise type_error(op, argument, "a traced value", "a Python number", "Close over it or mark it static under jit.")
+    if isinstance(value, core.Tracer):
+        raise type_error(
+            op, argument, "a traced value", "a Python number", "Close over it or mark it static under jit."
+        )
     if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

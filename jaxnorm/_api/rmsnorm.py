@@ -21,14 +21,31 @@ from . import _checks as check
 def _forward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
     y_dtype = next(d for n, _, d in call.results if n == "y")
     width = call.size("p") if "p" in dict(call.sizes) else a["x"].shape[-1]
-    return ref.forward(a["x"], a.get("residual"), a.get("weight"), features=call.features, width=width, out_dtype=y_dtype, axes=axes,
-                       **dict(call.options))  # fmt: skip
+    return ref.forward(
+        a["x"],
+        a.get("residual"),
+        a.get("weight"),
+        features=call.features,
+        width=width,
+        out_dtype=y_dtype,
+        axes=axes,
+        **dict(call.options),
+    )
 
 
 def _backward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
     dtypes = {n: d for n, _, d in call.results}
-    return ref.backward(a["n"], a.get("weight"), a["rstd"], a["dy"], a.get("dresidual_out"), features=call.features, dtypes=dtypes,
-                        axes=axes, **dict(call.options))  # fmt: skip
+    return ref.backward(
+        a["n"],
+        a.get("weight"),
+        a["rstd"],
+        a["dy"],
+        a.get("dresidual_out"),
+        features=call.features,
+        dtypes=dtypes,
+        axes=axes,
+        **dict(call.options),
+    )
 
 
 _PLANS = {"triton": "rmsnorm_triton", "hip": "rmsnorm_hip"}
@@ -64,10 +81,18 @@ class _Config:
     ) -> StageCall:
         sizes = [("n", n)] + ([("p", self.width)] if self.width != n else [])
         return StageCall(
-            stage=stage.name, op=self.op, operands=tuple((k, dims[k]) for k in arrays), results=tuple(results), sizes=tuple(sizes),
-            options=tuple(options.items()), backend=self.backend, backend_source=self.backend_source, targets=self.targets,
-            row_sums=tuple(name for name, _, _ in results if name == "dweight"), feature_dims=("n",) if len(sizes) == 1 else (),
-        )  # fmt: skip
+            stage=stage.name,
+            op=self.op,
+            operands=tuple((k, dims[k]) for k in arrays),
+            results=tuple(results),
+            sizes=tuple(sizes),
+            options=tuple(options.items()),
+            backend=self.backend,
+            backend_source=self.backend_source,
+            targets=self.targets,
+            row_sums=tuple(name for name, _, _ in results if name == "dweight"),
+            feature_dims=("n",) if len(sizes) == 1 else (),
+        )
 
 
 def _forward(
@@ -81,8 +106,17 @@ def _forward(
     if save_rstd:
         results.append(("rstd", "...", "float32"))
     dims = {"x": "... n", "residual": "... n", "weight": "n"}
-    call = config.call(FORWARD, arrays, dims, results, n, eps=config.eps, weight_offset=config.weight_offset, cast=config.cast,
-                       residual_rounding=config.residual_rounding)  # fmt: skip
+    call = config.call(
+        FORWARD,
+        arrays,
+        dims,
+        results,
+        n,
+        eps=config.eps,
+        weight_offset=config.weight_offset,
+        cast=config.cast,
+        residual_rounding=config.residual_rounding,
+    )
     return _op.run(call, tuple(arrays.values()))
 
 
@@ -92,7 +126,8 @@ def _backward(config: _Config, saved: Any, cotangents: Any) -> tuple[Any, Any, A
     if isinstance(dresidual_out, SymbolicZero):
         dresidual_out = None
     if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
+        zero: Any = dy.aval
+        dy = jnp.zeros(zero.shape, zero.dtype)
     arrays = {"n": n, "weight": weight, "rstd": rstd, "dy": dy, "dresidual_out": dresidual_out}
     arrays = {k: v for k, v in arrays.items() if v is not None}
     width = n.shape[-1]
@@ -127,7 +162,7 @@ def _differentiable(config: _Config) -> Any:
         return results(_forward(config, x, residual, weight, save_rstd=False))
 
     def forward(x: Any, residual: Any, weight: Any) -> Any:
-        value = [None if a is None else a.value for a in (x, residual, weight)]
+        value: list[Any] = [None if a is None else a.value for a in (x, residual, weight)]
         out = _forward(config, *value, save_rstd=True)
         n = value[0] if residual is None else out["residual_out"]
         return results(out), (n, value[2], out["rstd"])
@@ -138,7 +173,7 @@ def _differentiable(config: _Config) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("config",), inline=True)
-def _jitted(x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, config: _Config) -> Any:
+def _jitted(x: Any, residual: Any, weight: Any, config: _Config) -> Any:
     with jax.named_scope(config.op):
         scalar_rows = x.ndim == 1  # a stage has at least one leading dim
         if scalar_rows:
@@ -151,9 +186,20 @@ def _jitted(x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, 
 
 
 def _call(
-    op: str, x: Any, residual: Any, weight: Any, *, has_residual: bool, eps: Any, weight_offset: Any, cast: Any, residual_rounding: Any,
-    out_dtype: Any, pad_to_multiple: Any, backend: Any,
-) -> Any:  # fmt: skip
+    op: str,
+    x: Any,
+    residual: Any,
+    weight: Any,
+    *,
+    has_residual: bool,
+    eps: Any,
+    weight_offset: Any,
+    cast: Any,
+    residual_rounding: Any,
+    out_dtype: Any,
+    pad_to_multiple: Any,
+    backend: Any,
+) -> Any:
     x = check.array(op, "x", x)
     check.features_last(op, "x", x)
     if has_residual:
@@ -167,17 +213,33 @@ def _call(
         )
     name, source = _dispatch.requested(op, backend)
     config = _Config(
-        op, x.dtype.name, residual.dtype.name if has_residual else None, check.eps(op, eps), offset, check.choice(op, "cast", cast, ("output", "before_weight")),
-        check.choice(op, "residual_rounding", residual_rounding, ("float32", "input")), check.out_dtype(op, out_dtype, x),
-        check.padded_width(op, pad_to_multiple, x.shape[-1]), name, source, target.named(),
-    )  # fmt: skip
+        op,
+        x.dtype.name,
+        residual.dtype.name if has_residual else None,
+        check.eps(op, eps),
+        offset,
+        check.choice(op, "cast", cast, ("output", "before_weight")),
+        check.choice(op, "residual_rounding", residual_rounding, ("float32", "input")),
+        check.out_dtype(op, out_dtype, x),
+        check.padded_width(op, pad_to_multiple, x.shape[-1]),
+        name,
+        source,
+        target.named(),
+    )
     return _jitted(x, residual, weight, config)
 
 
 def rmsnorm(
-    x: jax.Array, weight: jax.Array | None, *, eps: float = 1e-6, weight_offset: float = 0.0, cast: str = "output",
-    out_dtype: Any = None, pad_to_multiple: int | None = None, backend: str | None = None,
-) -> jax.Array:  # fmt: skip
+    x: jax.Array,
+    weight: jax.Array | None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    cast: str = "output",
+    out_dtype: Any = None,
+    pad_to_multiple: int | None = None,
+    backend: str | None = None,
+) -> jax.Array:
     """``y = x * rsqrt(mean(x**2) + eps) * (weight + weight_offset)`` over the last axis.
 
     All arithmetic in float32, rounded once. The bits of a row depend on the row, N, the dtypes and the options only: never on
@@ -205,18 +267,38 @@ def rmsnorm(
     Sharding: rows without any collective; one all-reduce of N floats in the backward; sharded features cost one float a row.
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
-    return _call("rmsnorm", x, None, weight, has_residual=False, eps=eps, weight_offset=weight_offset, cast=cast,
-                 residual_rounding="float32", out_dtype=out_dtype, pad_to_multiple=pad_to_multiple, backend=backend)  # fmt: skip
+    return _call(
+        "rmsnorm",
+        x,
+        None,
+        weight,
+        has_residual=False,
+        eps=eps,
+        weight_offset=weight_offset,
+        cast=cast,
+        residual_rounding="float32",
+        out_dtype=out_dtype,
+        pad_to_multiple=pad_to_multiple,
+        backend=backend,
+    )
 
 
 def add_rmsnorm(
-    x: jax.Array, residual: jax.Array, weight: jax.Array | None, *, residual_rounding: str = "float32", eps: float = 1e-6,
-    weight_offset: float = 0.0, cast: str = "output", out_dtype: Any = None, pad_to_multiple: int | None = None,
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array | None,
+    *,
+    residual_rounding: str = "float32",
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    cast: str = "output",
+    out_dtype: Any = None,
+    pad_to_multiple: int | None = None,
     backend: str | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """``s = x + residual;  y = s * rsqrt(mean(s**2) + eps) * (weight + weight_offset)``: the residual add and the norm in one kernel.
+) -> tuple[jax.Array, jax.Array]:
+    """``s = x + residual;  y = s * rsqrt(mean(s**2) + eps) * (weight + weight_offset)`` over the last axis.
 
-    Reads x and residual once, writes y and residual_out once.
+    The residual add and the norm in one kernel: reads x and residual once, writes y and residual_out once.
 
     Args:
       x:                 [..., N] bfloat16, float16 or float32.
@@ -238,8 +320,20 @@ def add_rmsnorm(
     Sharding: as :func:`rmsnorm`.
     Source: same results as AITER's ``rmsnorm2d_fwd_with_add``.
     """
-    return _call("add_rmsnorm", x, residual, weight, has_residual=True, eps=eps, weight_offset=weight_offset, cast=cast,
-                 residual_rounding=residual_rounding, out_dtype=out_dtype, pad_to_multiple=pad_to_multiple, backend=backend)  # fmt: skip
+    return _call(
+        "add_rmsnorm",
+        x,
+        residual,
+        weight,
+        has_residual=True,
+        eps=eps,
+        weight_offset=weight_offset,
+        cast=cast,
+        residual_rounding=residual_rounding,
+        out_dtype=out_dtype,
+        pad_to_multiple=pad_to_multiple,
+        backend=backend,
+    )
 
 
 register_op(OpDef("rmsnorm", rmsnorm, FORWARD, BACKWARD))

@@ -99,7 +99,9 @@ def _trusted(folder: Path) -> bool:
     except OSError:
         return False
     if st.st_uid not in (os.getuid(), 0):
-        _note(f"{folder} belongs to uid {st.st_uid}: code objects are not loaded from it. Set JAXNORM_CACHE_DIR to a folder of yours.")
+        _note(
+            f"{folder} belongs to uid {st.st_uid}: code objects are not loaded from it. Set JAXNORM_CACHE_DIR to a folder of yours."
+        )
         return False
     if st.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         _note(f"{folder} is writable by others: code objects are not loaded from it. Run: chmod go-w {folder}")
@@ -122,7 +124,9 @@ def _read(key: str) -> CodeObject | None:
         line, rest = data.split(b"\n", 1)
         head = json.loads(line)
         image, asm = rest[: head["image_bytes"]], rest[head["image_bytes"] :]
-        whole = head["format"] == FORMAT and hashlib.sha256(rest).hexdigest() == head["sha256"] and image[:4] == b"\x7fELF"
+        whole = (
+            head["format"] == FORMAT and hashlib.sha256(rest).hexdigest() == head["sha256"] and image[:4] == b"\x7fELF"
+        )
         if not whole:
             raise ValueError("checksum or format differs")
         return CodeObject(image, head["name"], head["target"], head["threads"], head["shared"], key, asm.decode())
@@ -134,8 +138,15 @@ def _read(key: str) -> CodeObject | None:
 def _write(key: str, code: CodeObject) -> None:
     path = _path(key)
     rest = code.image + code.asm.encode()
-    head = {"format": FORMAT, "name": code.name, "target": code.target, "threads": code.threads, "shared": code.shared,
-            "image_bytes": len(code.image), "sha256": hashlib.sha256(rest).hexdigest()}  # fmt: skip
+    head = {
+        "format": FORMAT,
+        "name": code.name,
+        "target": code.target,
+        "threads": code.threads,
+        "shared": code.shared,
+        "image_bytes": len(code.image),
+        "sha256": hashlib.sha256(rest).hexdigest(),
+    }
     try:
         directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)

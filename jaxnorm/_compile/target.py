@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -16,7 +17,7 @@ _PATTERN = {"cuda": r"sm_\d{2,3}[a-z]?", "rocm": r"gfx[0-9a-f]{3,4}"}
 _named = _compat.user_context(())
 
 
-def use_target(targets: Mapping[str, str]):
+def use_target(targets: Mapping[str, str]) -> Any:
     """Context manager: lower for these targets, e.g. ``{"rocm": "gfx942", "cuda": "sm_90"}``, whatever devices are present.
 
     The values shown are what a platform without a device is lowered for by default. Part of the key of ``jax.jit``'s cache.
@@ -28,7 +29,9 @@ def use_target(targets: Mapping[str, str]):
         if platform not in DEFAULT:
             raise value_error("use_target", "targets", f"platform {platform!r}", "'cuda' or 'rocm'")
         if not isinstance(target, str) or not re.fullmatch(_PATTERN[platform], target):
-            raise value_error("use_target", f"targets[{platform!r}]", repr(target), f"a target such as {DEFAULT[platform]!r}")
+            raise value_error(
+                "use_target", f"targets[{platform!r}]", repr(target), f"a target such as {DEFAULT[platform]!r}"
+            )
     return _named(tuple(sorted(dict(targets).items())))
 
 
@@ -37,7 +40,7 @@ def named() -> tuple[tuple[str, str], ...]:
     return _named.value or ()
 
 
-def of_device(device: jax.Device) -> str | None:
+def of_device(device: Any) -> str | None:
     """``sm_90`` or ``gfx942``; None for a device that is no GPU."""
     capability = getattr(device, "compute_capability", None)
     if not capability:
@@ -61,8 +64,12 @@ def resolve(platform: str, targets: tuple[tuple[str, str], ...]) -> str:
         return target
     present = _present(platform)
     if len(present) > 1:
-        raise UnsupportedError("jaxnorm", platform, f"the {platform} devices of this process differ ({', '.join(present)}).",
-                               f"Name one with jaxnorm.use_target({{{platform!r}: ...}}).")  # fmt: skip
+        raise UnsupportedError(
+            "jaxnorm",
+            platform,
+            f"the {platform} devices of this process differ ({', '.join(present)}).",
+            f"Name one with jaxnorm.use_target({{{platform!r}: ...}}).",
+        )
     return present[0] if present else DEFAULT[platform]
 
 

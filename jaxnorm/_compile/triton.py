@@ -125,7 +125,8 @@ def run(launch: Launch, types: tuple[str, ...], target: str, options: dict[str, 
 
     fn, gpu = function(launch), _target(target)
     assert isinstance(gpu, GPUTarget)
-    known = {f.name for f in dataclasses.fields(type(make_backend(gpu).parse_options({})))}
+    defaults: Any = make_backend(gpu).parse_options({})
+    known = {f.name for f in dataclasses.fields(defaults)}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{launch.kernel}: options: got {unknown}, which triton {version()} does not have for {target}.")
     constants = dict(launch.constants)

@@ -15,9 +15,19 @@ from ._common import Axes, f32, pad_last, rounded, row_sum
 
 
 def forward(
-    x: jax.Array, residual: jax.Array | None, weight: jax.Array | None, *, features: int, width: int, out_dtype: str, eps: float,
-    weight_offset: float, cast: str, residual_rounding: str, axes: Axes = (),
-) -> dict[str, jax.Array]:  # fmt: skip
+    x: jax.Array,
+    residual: jax.Array | None,
+    weight: jax.Array | None,
+    *,
+    features: int,
+    width: int,
+    out_dtype: str,
+    eps: float,
+    weight_offset: float,
+    cast: str,
+    residual_rounding: str,
+    axes: Axes = (),
+) -> dict[str, jax.Array]:
     """``{"y": [..., width], "residual_out": [..., N], "rstd": float32 [...]}``; residual_out only with a residual."""
     out = {}
     n = f32(x)
@@ -39,9 +49,17 @@ def forward(
 
 
 def backward(
-    n: jax.Array, weight: jax.Array | None, rstd: jax.Array, dy: jax.Array, dresidual_out: jax.Array | None, *, features: int,
-    dtypes: dict[str, str], weight_offset: float, axes: Axes = (),
-) -> dict[str, jax.Array]:  # fmt: skip
+    n: jax.Array,
+    weight: jax.Array | None,
+    rstd: jax.Array,
+    dy: jax.Array,
+    dresidual_out: jax.Array | None,
+    *,
+    features: int,
+    dtypes: dict[str, str],
+    weight_offset: float,
+    axes: Axes = (),
+) -> dict[str, jax.Array]:
     """``xh = n * rstd; gw = dy * w'; ds = rstd * (gw - xh * mean(gw * xh)) + dresidual_out``; roundings count as identity.
 
     ``dtypes`` names the results wanted (``dx``, ``dresidual``, ``dweight``) and their dtypes; dweight is the float32 sum of

@@ -36,7 +36,9 @@ def entries(target: str) -> tuple[Entry, ...]:
             if data["format"] != FORMAT or data["target"] != target:
                 continue
             for e in data["entries"]:
-                found.append(Entry(e["stage"], e["dtype"], int(e["features"]), bool(e["residual"]), e["backend"], data["device"]))
+                found.append(
+                    Entry(e["stage"], e["dtype"], int(e["features"]), bool(e["residual"]), e["backend"], data["device"])
+                )
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return tuple(found)
