@@ -25,39 +25,80 @@ def tile_cols(CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC
     """32-bit column of every element of a tile.
 
     VEC (0: no limit) is what the alignment of the row bases allows. Triton gives a lane as many neighbours as the widest access
-    in sight could use, and that of the weight, always aligned, would have the rows of an odd N read with strides between lanes.
+    in sight could use, and that of the weight, always aligned, would have the rows of an odd N read with strides between lanes:
+    so the columns are said to be multiples of VEC only.
 
     Spread over ROWS on purpose: a load of the weight through these columns has the layout of the row loads, where one of shape
     [1, CHUNKS, BLOCK] would be shared out among the waves and then exchanged through shared memory."""
     lane = tl.arange(0, BLOCK)
+    if VEC > 0:
+        lane = tl.multiple_of(lane, [VEC])
     if CHUNKS == 0:
-        if VEC > 0:
-            lane = tl.max_contiguous(lane, [VEC])
         return lane
     else:
         cols = (tl.arange(0, CHUNKS) * BLOCK)[None, :, None] + lane[None, None, :]
-        cols = tl.broadcast_to(cols, (ROWS, CHUNKS, BLOCK))
-        if VEC > 0:
-            cols = tl.max_contiguous(cols, [1, 1, VEC])
-        return cols
+        return tl.broadcast_to(cols, (ROWS, CHUNKS, BLOCK))
 
 
 @triton.jit
 def tile_rows(first, CHUNKS: tl.constexpr, ROWS: tl.constexpr):
-    """64-bit index of the rows that start at ``first``: a scalar, or [ROWS, 1, 1]."""
+    """Index of the rows that start at ``first`` (64 bits): a scalar, or [ROWS, 1, 1]."""
     if CHUNKS == 0:
-        return first.to(tl.int64)
+        return first
     else:
-        return first.to(tl.int64) + tl.arange(0, ROWS)[:, None, None]
+        return first + tl.arange(0, ROWS)[:, None, None]
 
 
 @triton.jit
 def row_sum(v, CHUNKS: tl.constexpr):
-    """Sum over the columns of a tile, in the form of :func:`tile_rows`."""
+    """Sum over the columns of a tile: a scalar, or [ROWS]."""
     if CHUNKS == 0:
         return tl.sum(v, axis=0)
     else:
-        return tl.sum(tl.sum(v, axis=1), axis=1)[:, None, None]
+        return tl.sum(tl.sum(v, axis=1), axis=1)
+
+
+@triton.jit
+def spread(v, CHUNKS: tl.constexpr):
+    """A quantity of the rows, in a form that broadcasts over their tile."""
+    if CHUNKS == 0:
+        return v
+    else:
+        return v[:, None, None]
+
+
+@triton.jit
+def _lanes_of_rows(ROWS: tl.constexpr, LANES: tl.constexpr):
+    """(lane, row) of a [LANES, ROWS] tile whose rows lie in the lanes and waves as those of a tile of rows do, so that nothing
+    moves between the two. Of dims without contiguous addresses Triton hands lanes to the first; hence the hint, which says
+    less than the truth."""
+    row = tl.max_contiguous(tl.arange(0, ROWS), [1])
+    return tl.arange(0, LANES)[:, None], tl.broadcast_to(row[None, :], (LANES, ROWS))
+
+
+@triton.jit
+def load_row_scalar(ptr, first, M, CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr):
+    """``ptr[row]`` for the rows from ``first`` on, in the form of :func:`row_sum`; zero from row M on.
+
+    All LANES lanes of a row read it and the maximum is taken, of equal values: read once per row it would reach the waves
+    that own the rows through shared memory and a barrier."""
+    if CHUNKS == 0:
+        return load(ptr, first, first < M, MASKED)
+    else:
+        _, row = _lanes_of_rows(ROWS, LANES)
+        at = first + row
+        return tl.max(tl.load(ptr + at, mask=at < M, other=0.0), axis=0)
+
+
+@triton.jit
+def store_row_scalar(ptr, first, v, M, CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """``ptr[row] = v`` for the rows from ``first`` on, by the first lane of each."""
+    if CHUNKS == 0:
+        tl.store(ptr + first, v)
+    else:
+        lane, row = _lanes_of_rows(ROWS, LANES)
+        at = first + row
+        tl.store(ptr + at, tl.broadcast_to(v[None, :], (LANES, ROWS)), mask=(at < M) & (lane == 0))
 
 
 @triton.jit

@@ -12,7 +12,21 @@ never dereferenced. Offsets are a 64-bit row base plus a 32-bit column.
 import triton
 import triton.language as tl
 
-from ._common import affine, load, load_again, load_first, program_index, round_to, row_sum, store, tile_cols, tile_rows
+from ._common import (
+    affine,
+    load,
+    load_again,
+    load_first,
+    load_row_scalar,
+    program_index,
+    round_to,
+    row_sum,
+    spread,
+    store,
+    store_row_scalar,
+    tile_cols,
+    tile_rows,
+)
 
 
 @triton.jit
@@ -58,9 +72,10 @@ def rmsnorm_fwd(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """A program owns ROWS rows, each held in registers from its one read to its one write."""
-    first = program_index() * ROWS
+    first = program_index().to(tl.int64) * ROWS
     if first >= M:
         return
     row = tile_rows(first, CHUNKS, ROWS)
@@ -86,15 +101,12 @@ def rmsnorm_fwd(
     else:
         n = x.to(tl.float32)
     rstd = tl.rsqrt(row_sum(n * n, CHUNKS) / N + EPS)
-    y = _scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
+    y = _scaled(n, spread(rstd, CHUNKS), w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
     if P > N:  # 0 * rstd is not +0 when rstd is NaN or the weight negative
         y = tl.where(live, y, 0.0)
     store(y_ptr + row * P, cols, y, padded, MASK_Y)
     if HAS_RSTD:
-        if CHUNKS > 0:
-            tl.store(rstd_ptr + row, rstd, mask=row < M)
-        else:
-            tl.store(rstd_ptr + row, rstd)
+        store_row_scalar(rstd_ptr, first, rstd, M, CHUNKS, ROWS, LANES)
 
 
 @triton.jit
@@ -166,19 +178,26 @@ def _load_tile(
     n_ptr,
     dy_ptr,
     rstd_ptr,
-    row,
+    first,
     cols,
-    inside,
-    valid,
+    live,
+    M,
     N: tl.constexpr,
     P: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     MASKED: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """(n, dy, rstd) of a tile, in the dtypes of the buffers; zeros where masked off."""
-    n = load_first(n_ptr + row * N, cols, inside, MASKED)
-    dy = load_first(dy_ptr + row * P, cols, inside, MASKED)
-    return n, dy, load(rstd_ptr, row, valid, MASK_ROWS)
+    """(n, dy, rstd) of the tile that starts at row ``first``, in the dtypes of the buffers; zeros where masked off."""
+    row = tile_rows(first, CHUNKS, ROWS)
+    inside = live
+    if MASK_ROWS:
+        inside = live & (row < M)
+    n = load_first(n_ptr + row * N, cols, inside, MASKED or MASK_ROWS)
+    dy = load_first(dy_ptr + row * P, cols, inside, MASKED or MASK_ROWS)
+    return n, dy, load_row_scalar(rstd_ptr, first, M, CHUNKS, ROWS, LANES, MASK_ROWS)
 
 
 @triton.jit
@@ -204,6 +223,7 @@ def rmsnorm_bwd(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    LANES: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     REREAD: tl.constexpr,
@@ -219,6 +239,7 @@ def rmsnorm_bwd(
     cols = tile_cols(CHUNKS, ROWS, BLOCK, VEC)
     WIDTH: tl.constexpr = BLOCK * (CHUNKS if CHUNKS > 0 else 1)
     MASKED: tl.constexpr = CHUNKS > 0 or N < WIDTH
+    MASK_ROWS: tl.constexpr = CHUNKS > 0
     live = cols < N
     w = 1.0
     if HAS_WEIGHT and not REREAD:
@@ -226,19 +247,21 @@ def rmsnorm_bwd(
     sums = tl.zeros_like(cols).to(tl.float32)
     mine = ((M + ROWS - 1) // ROWS - pid + PROGRAMS - 1) // PROGRAMS
     step = tl.cast(PROGRAMS, tl.int64) * ROWS
-    row = tile_rows(pid * ROWS, CHUNKS, ROWS)
+    first = pid.to(tl.int64) * ROWS
     ptrs = (n_ptr, dy_ptr, rstd_ptr)
     if PREFETCH:
-        n, dy, rstd = _load_tile(*ptrs, row, cols, live & (row < M), row < M, N, P, True, True)
+        n, dy, scale = _load_tile(*ptrs, first, cols, live, M, N, P, CHUNKS, ROWS, LANES, MASKED, True)
     for _ in tl.range(0, mine, num_stages=STAGES):
+        row = tile_rows(first, CHUNKS, ROWS)
         inside = live
-        if CHUNKS > 0:
+        if MASK_ROWS:
             inside = live & (row < M)
-        later = row + step
+        first += step
         if PREFETCH:
-            after = _load_tile(*ptrs, later, cols, live & (later < M), later < M, N, P, True, True)
+            after = _load_tile(*ptrs, first, cols, live, M, N, P, CHUNKS, ROWS, LANES, MASKED, True)
         else:
-            n, dy, rstd = _load_tile(*ptrs, row, cols, inside, row < M, N, P, MASKED, CHUNKS > 0)
+            n, dy, scale = _load_tile(*ptrs, first - step, cols, live, M, N, P, CHUNKS, ROWS, LANES, MASKED, MASK_ROWS)
+        rstd = spread(scale, CHUNKS)
         if HAS_DRESIDUAL_OUT and not REREAD:
             extra = load(dresidual_out_ptr + row * N, cols, inside, MASKED)
         xh = n.to(tl.float32) * rstd
@@ -250,7 +273,7 @@ def rmsnorm_bwd(
                 gw = gw * (load_first(weight_ptr, cols, live, N < WIDTH).to(tl.float32) + WEIGHT_OFFSET)
             else:
                 gw = gw * w
-        mean = row_sum(gw * xh, CHUNKS) / N
+        mean = spread(row_sum(gw * xh, CHUNKS), CHUNKS) / N
         if REREAD:
             xh = load_again(n_ptr + row * N, cols, inside, MASKED).to(tl.float32) * rstd
             gw = load_again(dy_ptr + row * P, cols, inside, MASKED).to(tl.float32)
@@ -265,9 +288,8 @@ def rmsnorm_bwd(
         store(dx_ptr + row * N, cols, ds, inside, MASKED)
         if HAS_DRESIDUAL:
             store(dresidual_ptr + row * N, cols, ds, inside, MASKED)
-        row = later
         if PREFETCH:
-            n, dy, rstd = after
+            n, dy, scale = after
     if HAS_DWEIGHT:
         share = partial_ptr + pid.to(tl.int64) * N
         if CHUNKS > 0:

@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 import needs
 import pytest
+from jaxnorm.kernels.configs import Problem, rmsnorm_triton
 
 from jaxnorm._compile import jax_triton_bridge, jaxlib_proto
 from jaxnorm._compile.code_object import CodeObject
 from jaxnorm.errors import UnsupportedError
-from jaxnorm.kernels.configs import Problem, rmsnorm_triton
 
 
 def problem(target: str, rows=8, features=1024) -> Problem:
     shape = (rows, features)
     return Problem("rmsnorm_fwd", rows, features, (("x", shape), ("weight", (features,)), ("y", shape)),
                    (("x", "bfloat16"), ("weight", "bfloat16"), ("y", "bfloat16")),
-                   (("eps", 1e-6), ("weight_offset", 0.0), ("cast", "output"), ("residual_rounding", "float32")), target)  # fmt: skip
+                   (("eps", 1e-6), ("weight_offset", 0.0), ("cast", "output"), ("residual_rounding", "float32")),
+                   target)  # fmt: skip
 
 
 def gpu_triton():
@@ -42,7 +43,11 @@ def test_the_message_is_byte_for_byte_what_jaxlib_writes():
     ours = jaxlib_proto.kernel_call(
         jaxlib_proto.kernel("kern", 4, 1, 1234, "PTXTEXT", "TTIR", 90),
         (5, 6, 1),
-        [jaxlib_proto.array_param(0), jaxlib_proto.array_param(4096), *(jaxlib_proto.scalar_param(k, v) for v, k in values)],
+        [
+            jaxlib_proto.array_param(0),
+            jaxlib_proto.array_param(4096),
+            *(jaxlib_proto.scalar_param(k, v) for v, k in values),
+        ],
     )
     assert jaxlib_proto.any_call(ours, "nm", b"md") == theirs.to_proto("nm", b"md")
 

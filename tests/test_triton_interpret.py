@@ -74,9 +74,13 @@ class Case:
                        residual_rounding=self.residual_rounding)  # fmt: skip
 
     def oracle(self, arrays) -> oracle.Forward:
-        options = dict(
-            eps=self.eps, weight_offset=self.offset, cast=self.cast, out_dtype=self.out, pad_to_multiple=self.padded
-        )
+        options = {
+            "eps": self.eps,
+            "weight_offset": self.offset,
+            "cast": self.cast,
+            "out_dtype": self.out,
+            "pad_to_multiple": self.padded,
+        }
         weight = arrays.get("weight")
         if self.residual:
             residual_rounding = self.residual_rounding
@@ -143,15 +147,39 @@ def test_guards_catch_a_write_next_to_the_array():
 
 
 FORWARD = [
-    Case(1, 4096), Case(3, 1024), Case(7, 769), Case(7, 768, x=F32, weight=F32), Case(3, 2880, padded=3072),
-    Case(5, 1), Case(3, 2), Case(5, 3), Case(40, 7), Case(3, 10), Case(7, 31, x=F16, weight=F32), Case(2, 97), Case(9, 128), Case(3, 409),
-    Case(3, 1245, x=F16), Case(2, 3571, x=F32, weight=BF16), Case(2, 5125), Case(17, 128, padded=160),
-    Case(3, 1152, weight=F32, offset=1.0), Case(3, 1000, weight=None), Case(3, 257, out=F32), Case(3, 512, x=F32, out=F16, weight=F16),
-    Case(3, 768, cast="before_weight"), Case(3, 768, x=F16, weight=F32, cast="before_weight", offset=0.5),
-    Case(3, 2560, residual=BF16), Case(3, 1024, residual=F32, weight=F32, offset=1.0), Case(7, 96, residual=F16, residual_rounding="input"),
-    Case(3, 83, x=F32, residual=BF16, residual_rounding="input", cast="before_weight"), Case(3, 130, residual=F32, padded=256, rstd=False),
-    Case(5, 1024, target="gfx942"), Case(9, 2048, residual=BF16, target="gfx942"), Case(3, 769, target="gfx1100"),
-]  # fmt: skip
+    Case(1, 4096),
+    Case(3, 1024),
+    Case(7, 769),
+    Case(7, 768, x=F32, weight=F32),
+    Case(3, 2880, padded=3072),
+    Case(5, 1),
+    Case(3, 2),
+    Case(5, 3),
+    Case(40, 7),
+    Case(3, 10),
+    Case(7, 31, x=F16, weight=F32),
+    Case(2, 97),
+    Case(9, 128),
+    Case(3, 409),
+    Case(3, 1245, x=F16),
+    Case(2, 3571, x=F32, weight=BF16),
+    Case(2, 5125),
+    Case(17, 128, padded=160),
+    Case(3, 1152, weight=F32, offset=1.0),
+    Case(3, 1000, weight=None),
+    Case(3, 257, out=F32),
+    Case(3, 512, x=F32, out=F16, weight=F16),
+    Case(3, 768, cast="before_weight"),
+    Case(3, 768, x=F16, weight=F32, cast="before_weight", offset=0.5),
+    Case(3, 2560, residual=BF16),
+    Case(3, 1024, residual=F32, weight=F32, offset=1.0),
+    Case(7, 96, residual=F16, residual_rounding="input"),
+    Case(3, 83, x=F32, residual=BF16, residual_rounding="input", cast="before_weight"),
+    Case(3, 130, residual=F32, padded=256, rstd=False),
+    Case(5, 1024, target="gfx942"),
+    Case(9, 2048, residual=BF16, target="gfx942"),
+    Case(3, 769, target="gfx1100"),
+]
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
@@ -172,7 +200,7 @@ def test_forward_of_long_rows(case):
 
 
 def test_plans_take_the_loop_where_a_row_does_not_fit():
-    wide, long = Case(1, 32768), Case(1, 131072)
+    wide, long = Case(1, 16384), Case(1, 131072)
     assert [s.kernel for s in rmsnorm_triton.plan(wide.problem(wide.operands()))] == ["rmsnorm:rmsnorm_fwd"]
     arrays = long.operands()
     assert [s.kernel for s in rmsnorm_triton.plan(long.problem(arrays))] == ["rmsnorm:rmsnorm_fwd_long"]
@@ -301,12 +329,21 @@ def few_programs(p):
 
 
 BACKWARD = [
-    Back(Case(7, 1024)), Back(Case(1, 4096)), Back(Case(3, 769)), Back(Case(5, 2880, padded=3072)), Back(Case(40, 3)), Back(Case(3, 1)),
-    Back(Case(9, 128, x=F16, weight=F32, offset=1.0)), Back(Case(3, 1000, weight=None)), Back(Case(5, 1245, x=F32)),
-    Back(Case(5, 96, residual=F32), dresidual_out=F32, dresidual=F32), Back(Case(3, 2560, residual=BF16, weight=F32), dresidual_out=BF16),
+    Back(Case(7, 1024)),
+    Back(Case(1, 4096)),
+    Back(Case(3, 769)),
+    Back(Case(5, 2880, padded=3072)),
+    Back(Case(40, 3)),
+    Back(Case(3, 1)),
+    Back(Case(9, 128, x=F16, weight=F32, offset=1.0)),
+    Back(Case(3, 1000, weight=None)),
+    Back(Case(5, 1245, x=F32)),
+    Back(Case(5, 96, residual=F32), dresidual_out=F32, dresidual=F32),
+    Back(Case(3, 2560, residual=BF16, weight=F32), dresidual_out=BF16),
     Back(Case(5, 83, residual=F16, offset=0.5, out=F32), dresidual_out=F16, dresidual=F16),
-    Back(Case(9, 1100, target="gfx942")), Back(Case(3, 3571, target="gfx1100")),
-]  # fmt: skip
+    Back(Case(9, 1100, target="gfx942")),
+    Back(Case(3, 3571, target="gfx1100")),
+]
 
 
 @pytest.mark.parametrize("back", BACKWARD, ids=str)
@@ -345,8 +382,11 @@ def test_the_reduction_of_the_plan():
     for programs, features in ((1, 16), (5, 50), (132, 33), (700, 16)):
         partial = rng.standard_normal((programs, features)).astype(np.float32)
         p = problem("rmsnorm_bwd", {"dweight_partial": partial}, [("dweight", (features,), F32)], "sm_90")
-        got = interpreter.run(rmsnorm_triton._reduce(p, programs), dataclasses.replace(p, features=features), {"dweight_partial": partial})
-        np.testing.assert_allclose(got["dweight"], partial.astype(np.float64).sum(0), rtol=0, atol=2.0**-20 * np.abs(partial).sum(0).max())
+        got = interpreter.run(
+            rmsnorm_triton._reduce(p, programs), dataclasses.replace(p, features=features), {"dweight_partial": partial}
+        )
+        bound = 2.0**-20 * np.abs(partial).sum(0).max()
+        np.testing.assert_allclose(got["dweight"], partial.astype(np.float64).sum(0), rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("features", [31, 1024, 1500])

@@ -29,7 +29,9 @@ def ffi_arguments(code: CodeObject, launch: Launch, problem: Problem, platform: 
     """
     lanes = _JAXLIB_LANES[platform]
     if code.threads % lanes:
-        raise ValueError(f"{launch.kernel}: {code.threads} threads on {code.target}; jaxlib launches multiples of {lanes}.")
+        raise ValueError(
+            f"{launch.kernel}: {code.threads} threads on {code.target}; jaxlib launches multiples of {lanes}."
+        )
     params = [array_param(divisibility=POINTER_ALIGNMENT) for _ in launch.inputs]
     params += [scalar_param(kind, value) for _, kind, value in launch.scalars]
     params += [array_param(divisibility=POINTER_ALIGNMENT) for _ in launch.outputs]
@@ -86,7 +88,9 @@ def kernel(
     name: str, warps: int, clusters: int, shared: int, ptx: str, ttir: str, capability: int, image: bytes | None = None
 ) -> bytes:
     """A kernel; with an image, ``ptx`` and ``ttir`` are not read but as a key."""
-    message = _bytes(1, name) + _int(2, warps) + _int(3, shared) + _bytes(4, ptx) + _bytes(5, ttir) + _int(6, capability)
+    message = (
+        _bytes(1, name) + _int(2, warps) + _int(3, shared) + _bytes(4, ptx) + _bytes(5, ttir) + _int(6, capability)
+    )
     message += _int(10, clusters, True)
     if image is not None:
         message += _bytes(11, _bytes(1, image) + _bytes(2, name) + _int(3, shared), True)
@@ -96,7 +100,9 @@ def kernel(
 def kernel_call(message: bytes, grid: tuple[int, ...], params: list[bytes]) -> bytes:
     """A kernel with its grid and parameters."""
     x, y, z = (*grid, *(1,) * (3 - len(grid)))
-    return _bytes(1, message, True) + _int(2, x) + _int(3, y) + _int(4, z) + b"".join(_bytes(5, p, True) for p in params)
+    return (
+        _bytes(1, message, True) + _int(2, x) + _int(3, y) + _int(4, z) + b"".join(_bytes(5, p, True) for p in params)
+    )
 
 
 def any_call(call: bytes, name: str = "", metadata: bytes = b"") -> bytes:

@@ -128,11 +128,13 @@ def run(launch: Launch, types: tuple[str, ...], target: str, options: dict[str, 
     defaults: Any = make_backend(gpu).parse_options({})
     known = {f.name for f in dataclasses.fields(defaults)}
     if unknown := sorted(set(options) - known):
-        raise ValueError(f"{launch.kernel}: options: got {unknown}, which triton {version()} does not have for {target}.")
+        raise ValueError(
+            f"{launch.kernel}: options: got {unknown}, which triton {version()} does not have for {target}."
+        )
     constants = dict(launch.constants)
     names = fn.arg_names
     if names[len(types) :] != list(constants):
-        raise ValueError(f"{launch.kernel}: constants: got {list(constants)}, expected {names[len(types):]}.")
+        raise ValueError(f"{launch.kernel}: constants: got {list(constants)}, expected {names[len(types) :]}.")
     # The number of rows gets no hint on purpose: one code object for every M.
     attrs = {(i,): [["tt.divisibility", POINTER_ALIGNMENT]] for i, t in enumerate(types) if t[0] == "*" and aligned}
     source = ASTSource(
@@ -152,9 +154,13 @@ def _build(launch: Launch, target: str, types: tuple[str, ...], options: dict[st
         kernel = run(launch, types, target, options)
     meta = kernel.metadata
     if scratch := getattr(meta, "global_scratch_size", 0):
-        raise RuntimeError(f"{launch.kernel}: needs {scratch} bytes of global scratch, which the launcher does not provide.")
+        raise RuntimeError(
+            f"{launch.kernel}: needs {scratch} bytes of global scratch, which the launcher does not provide."
+        )
     if (getattr(meta, "num_ctas", 1) or 1) != 1:
-        raise RuntimeError(f"{launch.kernel}: needs clusters of {meta.num_ctas} workgroups, which the launcher does not launch.")
+        raise RuntimeError(
+            f"{launch.kernel}: needs clusters of {meta.num_ctas} workgroups, which the launcher does not launch."
+        )
     hip = target.startswith("gfx")
     return CodeObject(
         image=kernel.asm["hsaco" if hip else "cubin"],

@@ -38,9 +38,17 @@ class Tile:
     vec: int
     """Widest access in elements if the row bases allow less than 16 bytes, else 0."""
     warps: int
+    lanes: int = 0
+    """Lanes that share a row, where a wave or a part of one owns it."""
 
     def constants(self) -> tuple[tuple[str, object], ...]:
-        return (("CHUNKS", self.chunks), ("ROWS", self.rows), ("BLOCK", self.block), ("VEC", self.vec))
+        return (
+            ("CHUNKS", self.chunks),
+            ("ROWS", self.rows),
+            ("BLOCK", self.block),
+            ("VEC", self.vec),
+            ("LANES", self.lanes),
+        )
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,8 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
             return (_fwd(problem, _tile(problem, width)),)
         return (_fwd_long(problem, _loop(problem)),)
     width = next_power_of_2(problem.features)
-    # Rows of several float32 buffers spill at the longest tile of NVIDIA (64 registers a thread).
-    if width <= TILE_BWD[_family(problem)] and (width <= 8192 or _family(problem) == "gfx" or _row_bytes(problem) <= 8):
+    # Two float32 rows spill at the longest tile of NVIDIA.
+    if width <= TILE_BWD[_family(problem)] and (width <= 8192 or _family(problem) == "gfx" or _row_bytes(problem) <= 6):
         return _bwd(problem, _backward(problem, width))
     return _bwd_long(problem, _loop(problem))
 
@@ -140,7 +148,7 @@ def _tile(problem: Problem, width: int) -> Tile:
         # A wave (or part of one) per row: the sum needs no barrier. Four waves a program, so that a lane holds one row exactly:
         # the same instructions serve every row of the tile.
         block = min(width, wave * vec)
-        return Tile(max(width // block, 1), 4 * wave * vec // block, block, hint, 4)
+        return Tile(max(width // block, 1), 4 * wave * vec // block, block, hint, 4, max(block // vec, 1))
     # 16 elements a lane: two 16-byte reads of bf16 in flight for each buffer. At most 512 threads on NVIDIA, where 1024 of 40
     # registers leave no room for a second workgroup, and 1024 on AMD.
     threads = min(width // 16, 512 if _family(problem) == "sm" else 1024)
@@ -162,18 +170,19 @@ def _backward(problem: Problem, width: int) -> Backward:
     tile = _tile(problem, width)
     row_bytes = _row_bytes(problem)
     if tile.chunks:
-        # 168 registers a thread for 4 chunks of bf16 on sm_90: three workgroups fit an SM.
-        per_unit, wide = max(2, min(8, 12 // tile.chunks)), row_bytes > 8
+        # 226 registers a thread for 4 chunks of bf16 on sm_90: two workgroups fit an SM, and fewer shares of dweight are left.
+        per_unit, wide = max(2, 8 // tile.chunks), row_bytes > 8
         return Backward(tile, per_unit, prefetch=not wide, reread=wide)
-    sm = _family(problem) == "sm"
+    sm, wave = _family(problem) == "sm", wave_size(problem.target)
     # 8 elements a lane on NVIDIA: with the next row on its way 59 registers (bf16), which lets 1024 threads share an SM; of 16
     # elements the compiler makes 128 registers. AMD has registers for 16: 118.
     threads = min(max(width // (8 if sm else 16), 64), 1024)
-    tile = dataclasses.replace(tile, warps=threads // wave_size(problem.target))
     if threads == 1024 and (width > (8192 if sm else 16384) or row_bytes > 4):
-        # Registers are 64 (NVIDIA) or 128 (AMD) a thread: read twice rather than spill.
-        return Backward(tile, 1, reread=True)
-    return Backward(tile, max(1, (1024 if sm else 512) // threads), prefetch=True)
+        # Registers are 64 (NVIDIA) or 128 (AMD) a thread of 1024: read twice rather than spill.
+        return Backward(dataclasses.replace(tile, warps=(512 if sm else 1024) // wave), 1, reread=True)
+    return Backward(
+        dataclasses.replace(tile, warps=threads // wave), max(1, (1024 if sm else 512) // threads), prefetch=True
+    )
 
 
 def _grid(programs: int) -> tuple[int, int, int]:
@@ -203,7 +212,9 @@ def _fwd_long(problem: Problem, loop: Loop) -> Launch:
     return _fwd_launch(problem, "rmsnorm_fwd_long", problem.rows, loop.constants(), loop.warps)
 
 
-def _fwd_launch(problem: Problem, kernel: str, programs: int, shape: tuple[tuple[str, object], ...], warps: int) -> Launch:
+def _fwd_launch(
+    problem: Problem, kernel: str, programs: int, shape: tuple[tuple[str, object], ...], warps: int
+) -> Launch:
     return Launch(
         kernel=f"rmsnorm:{kernel}",
         inputs=("x", "residual", "weight"),
@@ -312,13 +323,13 @@ def _tiles(problem: Problem, width: int) -> Iterator[Tile]:
     """Tiles of other sizes: more waves, more rows, one row shared by all waves."""
     wave, base = wave_size(problem.target), _tile(problem, width)
     if base.chunks:
-        for warps in (2, 4, 8):
-            for times in (1, 2):
+        for warps in (4, 8):
+            for times in (1, 2) if problem.stage == "rmsnorm_fwd" else (1,):
                 rows = max(base.rows * warps // base.warps, 1) * times
                 yield dataclasses.replace(base, rows=rows, warps=warps)
     if width >= 4 * wave:
         for threads in (64, 128, 256, 512, 1024):
-            if threads >= wave and 4 <= width // threads <= 128:
+            if threads >= wave and 4 <= width // threads <= (64 if problem.stage == "rmsnorm_fwd" else 32):
                 yield Tile(0, 1, width, base.vec, threads // wave)
 
 
@@ -343,12 +354,13 @@ def _fwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
 
 def _bwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
     width = next_power_of_2(problem.features)
-    modes = ((True, False, 1), (False, True, 1), (True, True, 1), (False, False, 3))  # prefetch, reread, stages
+    modes = ((True, False, 1), (False, True, 1), (False, False, 3))  # prefetch, reread, stages
     if width <= 32768:
         for tile in _tiles(problem, width):
-            for per_unit in (1, 2, 3, 4, 6, 8):
+            for per_unit in (1, 2, 3, 4, 8):
                 for prefetch, reread, stages in modes:
-                    if tile.warps * wave_size(problem.target) * per_unit <= 2048:
+                    # An SM holds 2048 threads; with less than a quarter of them too little is on its way.
+                    if 512 <= tile.warps * wave_size(problem.target) * per_unit <= 2048:
                         yield _bwd(problem, Backward(tile, per_unit, prefetch, reread, stages))
     if width >= 16384:
         for loop in _loops(problem):
