@@ -19,9 +19,12 @@ _AMD_METADATA = {
 }
 _AMD_WIDTH = {
     "dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4,
-    "ushort": 2, "sshort": 2, "short": 2, "u16": 2, "i16": 2, "b16": 2, "ubyte": 1, "sbyte": 1, "byte": 1, "u8": 1, "i8": 1, "b8": 1,
+    "ushort": 2, "sshort": 2, "short": 2, "u16": 2, "i16": 2, "b16": 2,
+    "ubyte": 1, "sbyte": 1, "byte": 1, "u8": 1, "i8": 1, "b8": 1,
 }  # fmt: skip
-_AMD_ACCESS = re.compile(r"^\s*(?:global|buffer|flat)_(load|store)_(?:lds_)?(?:short_)?(?:d16_(?:hi_)?)?([a-z]+\d*(?:x\d)?)", re.M)
+_AMD_ACCESS = re.compile(
+    r"^\s*(?:global|buffer|flat)_(load|store)_(?:lds_)?(?:short_)?(?:d16_(?:hi_)?)?([a-z]+\d*(?:x\d)?)", re.M
+)
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.(?:volatile\.|weak\.|relaxed\.\w+\.)?global((?:\.[\w:]+)*?)(?:\.v(\d))?\.[a-z](\d+)\b")
 _PTX_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\S+?)[,;]")
 _SASS_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E((?:\.[A-Z0-9_]+)*)")

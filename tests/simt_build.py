@@ -18,11 +18,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-
 from cases import dtype
+from jaxnorm.kernels.configs import Launch, Problem, wave_size
+
 from jaxnorm._compile import hip
 from jaxnorm._paths import csrc_dir
-from jaxnorm.kernels.configs import Launch, Problem, wave_size
 
 HERE = Path(__file__).parent / "simt"
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
@@ -126,7 +126,9 @@ class Kernels:
             os.replace(str(process.args[-1]), out)  # type: ignore[index]
         return ctypes.CDLL(str(out))
 
-    def run(self, problem: Problem, plan: tuple[Launch, ...], operands: dict[str, np.ndarray], order: str = "forward") -> dict[str, np.ndarray]:
+    def run(
+        self, problem: Problem, plan: tuple[Launch, ...], operands: dict[str, np.ndarray], order: str = "forward"
+    ) -> dict[str, np.ndarray]:
         """The results of a plan by name. ``operands`` must hold every operand that the problem has."""
         buffers = {n: Guarded(v.shape, problem.dtype(n), v) for n, v in operands.items()}
         for launch in plan:
@@ -158,7 +160,8 @@ def _piece(index: int, launch: Launch, target: str) -> str:
     defines = [m[2:].split("=", 1) for m in hip.macros(launch, target) if not m.startswith("-DJN_WAVE=")]
     types = ["void*"] * len(launch.inputs) + [_TYPES[k] for _, k, _ in launch.scalars] + ["void*"] * len(launch.outputs)
     arguments = ", ".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))
-    lines = [f"#define {n} {v}" for n, v in defines] + [f"#define {entry} instance_{index}", f'#include "{launch.kernel.split(":")[0]}"']
+    lines = [f"#define {n} {v}" for n, v in defines]
+    lines += [f"#define {entry} instance_{index}", f'#include "{launch.kernel.split(":")[0]}"']
     lines += [f"#undef {entry}", *(f"#undef {n}" for n, _ in defines)]
     call = f"((void (*)({', '.join(types)}))instance_{index})({arguments})"
     return "\n".join(lines) + f"\nstatic void run_{index}(void** a) {{ {call}; }}\n"

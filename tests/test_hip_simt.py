@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-import pytest
-
 import cases
 import needs
+import numpy as np
 import oracle
+import pytest
 import simt_build
 import tolerances
+from jaxnorm._paths import csrc_dir
 from jaxnorm.kernels.configs import Launch, Problem, rmsnorm_hip
 
 BF16, F16, F32 = cases.FLOATS
@@ -37,7 +37,8 @@ class Case:
     def __str__(self) -> str:
         short = {BF16: "b", F16: "h", F32: "f", None: "-"}
         kinds = "".join(short[k] for k in (self.x, self.residual, self.weight, self.y))
-        return "-".join([self.target, f"{self.rows}x{self.features}", kinds, *(f"p{self.pad}" if self.pad > 1 else "",), *map(str, self.options.values())])
+        pad = [f"p{self.pad}"] if self.pad > 1 else []
+        return "-".join([self.target, f"{self.rows}x{self.features}", kinds, *pad, *map(str, self.options.values())])
 
     @property
     def padded(self) -> int:
@@ -61,8 +62,8 @@ class Case:
         m, n = self.rows, self.features
         saved = self.residual or self.x
         split = self.x if self.residual and self.residual != self.x else None
-        buffers = [("n", (m, n), saved), ("weight", (n,), self.weight), ("rstd", (m,), F32), ("dy", (m, self.padded), self.y_type),
-                   ("dresidual_out", (m, n), self.residual), ("dx", (m, n), self.x),
+        buffers = [("n", (m, n), saved), ("weight", (n,), self.weight), ("rstd", (m,), F32),
+                   ("dy", (m, self.padded), self.y_type), ("dresidual_out", (m, n), self.residual), ("dx", (m, n), self.x),
                    ("dresidual", (m, n), self.residual if split else None), ("dweight", (n,), F32 if self.weight else None)]  # fmt: skip
         return problem("rmsnorm_bwd", self, buffers, {"weight_offset": self.settings()["weight_offset"]})
 
@@ -74,7 +75,7 @@ class Case:
 
     def expected(self, x, residual, weight) -> oracle.Forward:
         s = self.settings()
-        shared = dict(eps=s["eps"], weight_offset=s["weight_offset"], cast=s["cast"], out_dtype=self.y, pad_to_multiple=self.pad)
+        shared = {"eps": s["eps"], "weight_offset": s["weight_offset"], "cast": s["cast"], "out_dtype": self.y, "pad_to_multiple": self.pad}
         if residual is None:
             return oracle.rmsnorm(x, weight, **shared)
         return oracle.add_rmsnorm(x, residual, weight, residual_rounding=s["residual_rounding"], **shared)
@@ -120,21 +121,39 @@ def forced(case: Case, **changes) -> tuple[Launch, ...]:
 # One row through every tier and thread count: all must give the same bits.
 TIERS = Case(4096, rows=2, residual=BF16)
 TIER_SHAPES = {
-    32: [dict(lanes=32, groups=2, regs=16), dict(lanes=512), dict(lanes=96, regs=2, shared=2), dict(lanes=64, regs=1, shared=5),
-         dict(lanes=160, regs=1, shared=1), dict(lanes=256, regs=2, early=True), dict(lanes=64, regs=3)],
-    64: [dict(lanes=64, groups=2, regs=8), dict(lanes=512), dict(lanes=128, regs=1, shared=2), dict(lanes=192, regs=3, early=True)],
-}  # fmt: skip
+    32: [
+        {"lanes": 32, "groups": 2, "regs": 16},
+        {"lanes": 512},
+        {"lanes": 96, "regs": 2, "shared": 2},
+        {"lanes": 64, "regs": 1, "shared": 5},
+        {"lanes": 160, "regs": 1, "shared": 1},
+        {"lanes": 256, "regs": 2, "early": True},
+        {"lanes": 64, "regs": 3},
+    ],
+    64: [
+        {"lanes": 64, "groups": 2, "regs": 8},
+        {"lanes": 512},
+        {"lanes": 128, "regs": 1, "shared": 2},
+        {"lanes": 192, "regs": 3, "early": True},
+    ],
+}
 SHORT = Case(128, rows=37)
-SHORT_SHAPES = [dict(lanes=16, groups=8), dict(lanes=4, groups=16, unroll=2, regs=4), dict(lanes=8, groups=16, unroll=4, regs=2, early=True)]
+SHORT_SHAPES = [
+    {"lanes": 16, "groups": 8},
+    {"lanes": 4, "groups": 16, "unroll": 2, "regs": 4},
+    {"lanes": 8, "groups": 16, "unroll": 4, "regs": 2, "early": True},
+]
 TIER_CASES = [(replace(TIERS, target=t), s) for t, w in zip(TARGETS, (32, 64), strict=True) for s in TIER_SHAPES[w]]
 SHORT_CASES = [(replace(SHORT, target=t), s) for t in TARGETS for s in SHORT_SHAPES]
 
 # The backward pass with each way of walking the rows.
 WALK = Case(1024, rows=23, residual=BF16)
 WALKS = [
-    dict(lanes=32, groups=4, blocks=1, depth=2, shared_pipe=True, hold_weight=False), dict(lanes=128, groups=1, blocks=1, depth=4, shared_pipe=True, hold_weight=True),
-    dict(lanes=64, groups=1, blocks=1, depth=1, shared_pipe=False, hold_weight=True), dict(lanes=64, groups=1, blocks=16, depth=3, shared_pipe=True, hold_weight=True, tile=48),
-]  # fmt: skip
+    {"lanes": 32, "groups": 4, "blocks": 1, "depth": 2, "shared_pipe": True, "hold_weight": False},
+    {"lanes": 128, "groups": 1, "blocks": 1, "depth": 4, "shared_pipe": True, "hold_weight": True},
+    {"lanes": 64, "groups": 1, "blocks": 1, "depth": 1, "shared_pipe": False, "hold_weight": True},
+    {"lanes": 64, "groups": 1, "blocks": 16, "depth": 3, "shared_pipe": True, "hold_weight": True, "tile": 48},
+]
 
 
 def walks() -> list[tuple[Problem, tuple[Launch, ...]]]:
@@ -181,7 +200,7 @@ def test_backward(kernels, case: Case) -> None:
     dy[:, case.features :] = np.nan  # columns of the padding must not be looked at
     dr = cases.normal(g, x.shape, case.residual) if case.residual else None
     saved = x if residual is None else forward.residual_out
-    operands = dict(n=saved, weight=weight, rstd=forward.rstd[:, 0].astype(np.float32), dy=dy, dresidual_out=dr)
+    operands = {"n": saved, "weight": weight, "rstd": forward.rstd[:, 0].astype(np.float32), "dy": dy, "dresidual_out": dr}
     operands = {k: v for k, v in operands.items() if v is not None}
     plan = rmsnorm_hip.plan(p)
     out = kernels.run(p, plan, operands, order="reverse")
@@ -211,7 +230,7 @@ def test_walks_have_the_same_dx(kernels) -> None:
     x, residual, weight = WALK.arrays()
     forward = WALK.expected(x, residual, weight)
     dy, dr = cases.normal(cases.rng(8), x.shape, BF16), cases.normal(cases.rng(9), x.shape, BF16)
-    operands = dict(n=forward.residual_out, weight=weight, rstd=forward.rstd[:, 0].astype(np.float32), dy=dy, dresidual_out=dr)
+    operands = {"n": forward.residual_out, "weight": weight, "rstd": forward.rstd[:, 0].astype(np.float32), "dy": dy, "dresidual_out": dr}
     want = oracle.rmsnorm_backward(forward, weight, dy, dr)
     results = [kernels.run(p, plan, operands, order="shuffled") for p, plan in walks()]
     for result in results:
@@ -243,3 +262,16 @@ def test_plans_of_different_rows_share_their_order_of_sums() -> None:
         for target in TARGETS:
             plans = [rmsnorm_hip.plan(Case(features, rows=m, target=target).forward())[0] for m in (1, 16, 1000, 1 << 20, 1 << 31)]
             assert len({dict(launch.constants)["JN_V"] for launch in plans}) == 1
+
+
+def test_more_blocks_than_a_grid_dimension_holds() -> None:
+    """Blocks beyond 2^21 are folded into y; kernel and plan agree on the fold, and every row has its block."""
+    assert "kGridX = 1u << 21;" in (csrc_dir() / "include" / "jaxnorm" / "gpu.h").read_text()
+    for features, rows in ((8192, 1 << 31), (128, (1 << 24) + 1), (4096, 1 << 21)):
+        for target in TARGETS:
+            (launch,) = rmsnorm_hip.plan(Case(features, rows=rows, target=target).forward())
+            constants, (x, y, _) = dict(launch.constants), launch.grid
+            assert x <= 1 << 21
+            assert y == 1 or x == 1 << 21
+            assert y < 1 << 16
+            assert x * y * constants["JN_GROUPS"] * constants["JN_UNROLL"] >= rows

@@ -3,8 +3,9 @@
     python tools/rocm_clang.py OUT_DIR        # prints the path of the compiler
     JAXNORM_HIP_CLANG=$(python tools/rocm_clang.py OUT_DIR) python -m pytest tests/test_hip_compile.py
 
-The wheel is ziglang's: zig carries a whole clang with the AMDGPU target, and lld. jaxnorm's kernels include no header of ROCm and call no
-device library, so nothing else is needed. For compile checks and for looking at machine code; release builds should use ROCm's own.
+The wheel is ziglang's: zig carries a whole clang with the AMDGPU target, and lld. jaxnorm's kernels include no header of ROCm and
+call no device library, so nothing else is needed. For compile checks and for looking at machine code; release builds should use
+ROCm's own compiler.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def _check(clang: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "kernel.hip", Path(folder) / "kernel.hsaco"
         source.write_text(TEST)
-        options = "-x hip --cuda-device-only -nogpuinc -nogpulib --no-gpu-bundle-output --offload-arch=gfx942 -O3".split()
-        subprocess.run([clang, *options, source, "-o", out], check=True, stdout=sys.stderr)
+        options = ["-x", "hip", "--cuda-device-only", "-nogpuinc", "-nogpulib", "--no-gpu-bundle-output", "-O3"]
+        subprocess.run([clang, *options, "--offload-arch=gfx942", source, "-o", out], check=True, stdout=sys.stderr)
         if out.read_bytes()[:4] != b"\x7fELF":
             raise SystemExit(f"{clang} made no ELF file")
 

@@ -1,7 +1,7 @@
 """A kernel of ``csrc/kernels/`` to machine code for a named target, by whichever compiler this machine has.
 
-For sm_* NVRTC, which comes with jax's CUDA wheels. For gfx* the first of: a clang named by ``JAXNORM_HIP_CLANG`` (any clang with the
-AMDGPU target; the kernels use no header of ROCm), hipRTC of the installed ROCm, ``hipcc`` in ``$ROCM_PATH/bin`` or ``PATH``.
+For sm_* NVRTC, which comes with jax's CUDA wheels. For gfx* the first of: a clang named by ``JAXNORM_HIP_CLANG`` (any clang with
+the AMDGPU target; the kernels use no header of ROCm), hipRTC of the installed ROCm, ``hipcc`` in ``$ROCM_PATH/bin`` or ``PATH``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ CLANG_VARIABLE = "JAXNORM_HIP_CLANG"
 _NVRTC_OPTIONS = ("--std=c++17", "--fmad=false")
 _CLANG_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off")
 # No headers and no device library: the kernels use the compiler's built-ins alone.
-_BARE_OPTIONS = ("-x", "hip", "--cuda-device-only", "-nogpuinc", "-nogpulib", "--no-gpu-bundle-output", "-Wno-unused-command-line-argument")
+_BARE_OPTIONS = (
+    "-x", "hip", "--cuda-device-only", "-nogpuinc", "-nogpulib", "--no-gpu-bundle-output", "-Wno-unused-command-line-argument",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -155,41 +155,73 @@ def _forward(problem: Problem) -> Forward:
         return Forward(lanes, groups, 1 if unroll == 3 else unroll, regs=1, early=True)
     lanes = _row_lanes(problem, chunks, words, wave)
     if lanes <= wave:
-        return Forward(wave, groups=128 // wave, regs=_ceil(chunks, wave), early=_ceil(chunks, wave) <= 2)
+        per, groups = _ceil(chunks, wave), 128 // wave
+        return Forward(wave, groups, regs=per, early=per <= 2, min_blocks=_min_blocks(problem, 128, per))
     return _with_storage(problem, Forward(lanes))
 
 
 def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     """Threads of a row longer than a wave's worth of chunks.
 
-    16 registers of row a thread for plenty of rows: 64 bytes in flight each, with 1024 to 1536 threads resident on a compute unit,
-    is more than the 40 KB a unit needs to cover the latency of memory. With few rows there are units to spare: then as many
-    threads as there are chunks, which is fewer instructions one after the other.
+    16 registers of row a thread for plenty of rows: 64 bytes in flight each, with about 1024 threads resident on a compute unit, is
+    more than the 40 KB a unit needs to cover the latency of memory. At most 512 threads then, so that two rows share a unit and
+    one's stores run beside the other's loads. With few rows there are units to spare: then as many threads as there are
+    chunks, which is fewer instructions one after the other.
     """
-    each = max(1, 16 // words)
-    lanes = min(MAX_THREADS, _round_up(_ceil(chunks, each), wave))
-    if lanes <= wave:
-        lanes = wave
+    lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, 16 // words)), wave)))
+    if lanes == 512 and chunks > 512 * _room(problem, blocks=2):
+        lanes = MAX_THREADS  # half a unit's registers and shared memory do not hold the row; a whole one's might
     room = compute_units(problem.target) * 1024
     while lanes < min(MAX_THREADS, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
         lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
     return lanes
 
 
+def _room(problem: Problem, blocks: int) -> int:
+    """Chunks a thread of 512 can keep on chip with ``blocks`` of them on a compute unit."""
+    words = _held_words(problem, vector(problem))
+    shared = shared_memory(problem.target) // blocks - 2048
+    return (32 if _nvidia(problem) else 64) // words + shared // (_chunk_bytes(problem) * 512)
+
+
+def _chunk_bytes(problem: Problem) -> int:
+    return vector(problem) * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+
+
 def _with_storage(problem: Problem, c: Forward) -> Forward:
-    """Fills in where the chunks of a multi-wave row wait."""
+    """Fills in where the chunks of a multi-wave row wait, and how many blocks the compiler must leave registers for."""
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _held_words(problem, v)
     per = _ceil(chunks, c.lanes)
-    # Registers for the row: 1024 threads leave 64 registers a thread on NVIDIA and 128 on AMD; half of them can be row.
-    regs = min(per, max(1, (32 if _nvidia(problem) else 64) // words))
-    chunk_bytes = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
-    free = shared_memory(problem.target) - _sum_bytes(chunks, c.lanes, wave)
-    shared = min(per - regs, max(0, free // (chunk_bytes * c.lanes)))
+    # NVIDIA: 64 registers for each of 1024 threads, AMD twice that; half can be row, a little less where shared memory, which
+    # needs registers to pass through, holds the other part (seen: spills).
+    limit = 32 if _nvidia(problem) else 64
+    regs = min(per, max(1, (limit if per * words <= limit else limit * 3 // 4) // words))
+    blocks = 2 if c.lanes <= 512 else 1
+    free = shared_memory(problem.target) // blocks - 1024 - _sum_bytes(chunks, c.lanes, wave)
+    shared = min(per - regs, max(0, free // (_chunk_bytes(problem) * c.lanes)))
     if v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4 and _nvidia(problem):
         shared = 0  # 2-byte pieces cannot be copied asynchronously
     weight_words = regs * v * _itemsize(problem, "weight") // 4
-    return replace(c, regs=regs, shared=shared, early=weight_words <= 8)
+    return replace(c, regs=regs, shared=shared, early=weight_words <= 8, min_blocks=_min_blocks(problem, c.lanes, regs))
+
+
+def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
+    """Blocks on a compute unit that the compiler must leave registers for: those that hold the row, then the weights, and 16 more,
+    at least 32 more than the row (seen to do without spills in the sm_90 code). AMD's register files are four times as large:
+    nothing to ask for there."""
+    if not _nvidia(problem):
+        return 1
+    v = vector(problem)
+    need = regs * _held_words(problem, v) + max(32, 16 + regs * v * _itemsize(problem, "weight") // 4)
+    fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
+    return max(fitting, default=1)
+
+
+def _registers(threads: int, blocks: int) -> int:
+    """Registers a thread gets on NVIDIA: each quarter of a unit has 16384, given out to whole warps, eight to a lane at a time."""
+    warps = _ceil(blocks * _ceil(threads, 32), 4)
+    return min(255, 16384 // (warps * 32) // 8 * 8)
 
 
 def _forward_candidates(problem: Problem) -> Iterator[Forward]:
@@ -205,41 +237,29 @@ def _forward_candidates(problem: Problem) -> Iterator[Forward]:
                         yield Forward(lanes, threads // lanes, unroll, regs=per, early=True)
             lanes //= 2
         return
-    for lanes in (wave, *(t for t in range(2 * wave, MAX_THREADS + 1, wave))):
+    for lanes in range(wave, MAX_THREADS + 1, wave):
         per = _ceil(chunks, lanes)
-        if per > 1 and _ceil(chunks, lanes - wave or 1) == per and lanes > wave:
+        if lanes > wave and _ceil(chunks, lanes - wave) == per:
             continue  # the same chunks a thread with fewer threads
         if lanes == wave:
-            if per * words <= 64 and per <= wave:
-                for groups in (1, 2, 4, 8):
-                    for early in (False, True):
-                        yield Forward(wave, groups, regs=per, early=early)
+            if per * words <= 64:
+                yield from (Forward(wave, g, regs=per, early=e) for g in (1, 2, 4, 8) for e in (False, True))
+            continue
+        if lanes < 512 and per * words > 64:
             continue
         base = _with_storage(problem, Forward(lanes))
-        if lanes * base.regs * words < 2048 and lanes < MAX_THREADS and chunks > lanes * base.regs:
-            continue
         for early in (False, True):
-            yield replace(base, early=early)
-        if lanes >= 512 and base.regs * words > 16:
-            yield replace(base, min_blocks=2048 // lanes if base.regs * words <= 16 else max(1, 1024 // lanes))
-        if base.shared == 0 and base.regs * words >= 32:
-            half = replace(base, regs=base.regs // 2)
-            yield _spill(problem, half, lanes)
-
-
-def _spill(problem: Problem, c: Forward, lanes: int) -> Forward:
-    """The same with what no longer fits in registers moved to shared memory."""
-    wave, v = wave_size(problem.target), vector(problem)
-    chunks = problem.features // v
-    chunk_bytes = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
-    free = shared_memory(problem.target) - _sum_bytes(chunks, lanes, wave)
-    return replace(c, shared=min(_ceil(chunks, lanes) - c.regs, free // (chunk_bytes * lanes)))
+            for blocks in {1, base.min_blocks, base.min_blocks + 1}:
+                yield replace(base, early=early, min_blocks=blocks)
+        room = (shared_memory(problem.target) - 4096) // (_chunk_bytes(problem) * lanes)
+        for regs in {base.regs // 2, base.regs * 2} if per * words > 16 else ():
+            if 1 <= regs <= per and regs * words <= 64 and per - regs <= room:
+                yield replace(base, regs=regs, shared=per - regs, min_blocks=1)
 
 
 def _forward_launch(problem: Problem, c: Forward) -> Launch:
     wave, v = wave_size(problem.target), vector(problem)
     chunks = problem.features // v
-    chunk_bytes = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
     residual, offset = problem.has("residual"), float(problem.option("weight_offset"))
     constants: Constants = (
         ("JN_N", problem.features),
@@ -272,7 +292,7 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         constants=constants,
         scalars=(("rows", "i64", problem.rows),),
         threads=c.lanes * c.groups,
-        shared=_sum_bytes(chunks, c.lanes, wave) + c.shared * chunk_bytes * c.lanes,
+        shared=_sum_bytes(chunks, c.lanes, wave) + c.shared * _chunk_bytes(problem) * c.lanes,
     )
 
 
@@ -315,15 +335,16 @@ def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int) -> 
     weight_words = columns * _itemsize(problem, "weight") // 4
     narrow = v * min(_itemsize(problem, n) for n in ROW_INPUTS if problem.has(n)) < 4
     if _nvidia(problem) and not narrow:
-        need = 40 + columns + weight_words + row_words // 2
-        blocks = max(1, min(65536 // threads // min(need, 65536 // threads), 2048 // threads, 16))
+        # Registers: the sums, the row once, and 32 more (seen to do without spills in the sm_90 code, weights included).
+        need = 32 + columns + row_words
+        blocks = max((b for b in range(1, 1024 // threads + 1) if _registers(threads, b) >= need), default=1)
         slot = _slot_bytes(problem, v, per, threads)
         fixed = (0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)) + 1024
         while blocks > 1 and (shared_memory(problem.target) // blocks - fixed) // slot < 3:
             blocks -= 1
         slots = min(5, (shared_memory(problem.target) // blocks - fixed) // slot)
         hold = columns + weight_words <= (24 if threads > 512 else 48)
-        return replace(c, blocks=blocks, depth=max(0, slots - 1), shared_pipe=True, hold_weight=hold)
+        return replace(c, blocks=blocks, depth=max(0, slots - 1), shared_pipe=True, hold_weight=hold, min_blocks=blocks)
     # One row ahead in registers: AMD has 512 of them for each lane of a SIMD, and no copy to LDS that keeps 16-byte accesses.
     need = 40 + columns + weight_words + 2 * row_words
     budget = 65536 // threads if _nvidia(problem) else min(512, 4 * 512 * wave // threads * (2 if wave == 32 else 1) // 2)

@@ -114,8 +114,9 @@ template <class X, class R, int V, bool ROUND> struct AddSource {
 // ---- one row on chip ----------------------------------------------------------------------------------------------------
 
 template <class S, class Source> struct Row {
-  static constexpr int V = S::V, BATCH = 4;
   using Raw = typename Source::Raw;
+  // Chunks on their way through registers at a time: 64 bytes
+  static constexpr int V = S::V, BATCH = min_of(4, max_of(1, 64 / int(sizeof(Raw))));
   using Kept = typename Source::Kept;
   using Stashed = typename Source::template Stashed<S::THREADS>;
   const Source& source;
