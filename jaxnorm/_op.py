@@ -57,12 +57,12 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
         whole = (True,) * len(call.results)
         has_rows = ["..." in call.dims(name) for name in call.names]
         shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))
-        if shared and not call.row_sums:
+        if shared and not call.row_sums and call.row_block == 1:
             spread = [
                 a if b or not rows else jnp.broadcast_to(a, (size, *a.shape))
                 for a, b, rows in zip(operands, batched, has_rows, strict=True)
             ]
-            return stage(*spread), whole
+            return tuple(_batch_first(call, r[0], o) for r, o in zip(call.results, stage(*spread), strict=True)), whole
         loop = [a for a, b in zip(operands, batched, strict=True) if b]
 
         def example(mine: list[jax.Array]) -> tuple[jax.Array, ...]:
@@ -74,27 +74,33 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
     return stage
 
 
+def _batch_first(call: StageCall, name: str, result: jax.Array) -> jax.Array:
+    """The new leading dim of a result in front; it stands behind whatever precedes ``...``."""
+    return jnp.moveaxis(result, call.dims(name).index("..."), 0)
+
+
 def _sharded(call: StageCall, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     local = functools.partial(_local, call)
     if any(d == 0 for a in operands for d in a.shape):
         return call.compute(operands)
-    if _compat.manual_axes():
-        return local(*operands)
-    if _compat.explicit_mesh(jax.typeof(operands[0])) is not None:
+    if _compat.explicit_mesh(jax.typeof(operands[0])) is not None:  # also what a partly manual mesh leaves Explicit
         return _sharding.by_type(call, local, operands)
-    return tuple(_partitioned(call)(*operands))
+    if _compat.manual_axes():  # custom_partitioning cannot split what a partly manual mesh leaves Auto: it is gathered
+        return local(*operands)
+    return tuple(_partitioned(call, operands[0].ndim - 1)(*operands))
 
 
 @functools.cache
-def _partitioned(call: StageCall) -> Callable[..., Any]:
+def _partitioned(call: StageCall, leading: int) -> Callable[..., Any]:
     local = functools.partial(_local, call)
-    rule, replicated = _sharding.rule(call)
+    rule, replicated, factors = _sharding.rule(call, leading)
     f = custom_partitioning(lambda *operands: local(*operands))
     f.def_partition(
         partition=_sharding.partition(call, local),
         infer_sharding_from_operands=_sharding.infer(call),
         sharding_rule=rule,
         need_replication_factors=replicated,
+        **factors,
     )
     return f
 

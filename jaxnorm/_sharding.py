@@ -7,6 +7,8 @@ row statistics over the axis, one float a row. A padded result has a width of it
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,21 +22,40 @@ Entry = Any  # an entry of a PartitionSpec: None, an axis, or a tuple of axes
 Local = Callable[..., tuple[jax.Array, ...]]
 
 
-def rule(call: StageCall) -> tuple[str, tuple[str, ...]]:
-    """The Shardy rule of a stage, and the factors that must be replicated."""
-    left = ", ".join(d for _, d in call.operands)
-    right = ", ".join(d for _, d, _ in call.results)
-    return f"{left} -> {right}", tuple(d for d, _ in call.sizes if d not in call.feature_dims)
+def rule(call: StageCall, leading: int) -> tuple[str, tuple[str, ...], dict[str, int]]:
+    """The Shardy rule of a stage, the factors that must be replicated, and the sizes of factors that have no dim of their own."""
+    # a group of features is a factor of its own where scales per group follow the features
+    grouped = "g" in call.feature_dims
+
+    names = {"...": " ".join(f"b{i}" for i in range(leading)), **({"n": "(g k)"} if grouped else {})}
+
+    def side(entries: Sequence[str]) -> str:
+        return ", ".join(" ".join(names.get(d, d) for d in e.split()) for e in entries)
+
+    text = f"{side([d for _, d in call.operands])} -> {side([d for _, d, _ in call.results])}"
+    whole = {d for d, _ in call.sizes if d not in call.feature_dims} | ({"k"} if grouped else set())
+    order = list(dict.fromkeys(re.findall(r"\w+", text)))  # Shardy wants them in the order of their first appearance
+    return text, tuple(d for d in order if d in whole), {"k": call.group} if grouped else {}
 
 
 def _axes(entries: Sequence[Entry]) -> tuple[str, ...]:
     return tuple(a for e in entries if e is not None for a in (e if isinstance(e, tuple) else (e,)))
 
 
-def _layout(call: StageCall, sharding: Any, ndim: int) -> tuple[tuple[Entry, ...], Entry]:
-    """(entries of the leading dims, entry of the features), read from the first operand, which always has both."""
-    spec = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
-    return spec[:-1], spec[-1] if call.feature_dims else None
+def _layout(call: StageCall, sharding: Any, shape: tuple[int, ...]) -> tuple[tuple[Entry, ...], Entry]:
+    """(entries of the leading dims, entry of the features), read from the first operand, which always has both.
+
+    What the stage cannot split becomes None: the compiler then gathers it.
+    """
+    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+    lead, feature = spec[:-1], spec[-1] if call.feature_dims else None
+    ways = math.prod(sharding.mesh.shape[a] for a in _axes((feature,)))
+    if shape[-1] % (ways * call.group):
+        feature = None
+    last = math.prod(sharding.mesh.shape[a] for a in _axes(lead[-1:]))
+    if call.row_block == 0 or (call.row_block > 1 and shape[-2] % (last * call.row_block)):
+        lead = (None,) * len(lead)
+    return lead, feature
 
 
 def _specs(call: StageCall, lead: tuple[Entry, ...], feature: Entry) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
@@ -67,7 +88,7 @@ def by_type(call: StageCall, local: Local, operands: tuple[jax.Array, ...]) -> t
     """Explicit mesh: the sharding is in the type of the first operand, so a shard_map can be written from it."""
     x = operands[0]
     sharding = jax.typeof(x).sharding
-    lead, feature = _layout(call, sharding, x.ndim)
+    lead, feature = _layout(call, sharding, x.shape)
     ins, outs = _specs(call, lead, feature)
     row_axes, feature_axes = _axes(lead), _axes((feature,))
     operands = tuple(_reshard(a, sharding.mesh, s) for a, s in zip(operands, ins, strict=True))
@@ -86,7 +107,7 @@ def conform(operands: dict[str, tuple[Any, str]], *, gather_features: bool = Fal
     sharding = jax.typeof(x).sharding
     spec = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
     feature = None if gather_features else spec[-1]
-    entries = {"... n": (*spec[:-1], feature), "...": spec[:-1], "n": (feature,)}
+    entries = {"... n": (*spec[:-1], feature), "...": spec[:-1], "n": (feature,), "": ()}
     return [
         None if a is None else _reshard(a, sharding.mesh, PartitionSpec(*entries[dims]))
         for a, dims in operands.values()
@@ -105,7 +126,7 @@ def partition(call: StageCall, local: Local) -> Callable[..., Any]:
 
     def callback(mesh: Any, arguments: Any, result: Any) -> Any:
         x = arguments[0]
-        lead, feature = _layout(call, x.sharding, len(x.shape))
+        lead, feature = _layout(call, x.sharding, x.shape)
         ins, outs = _specs(call, lead, feature)
         mesh = x.sharding.mesh
         shard = _shard_function(call, local, _axes(lead), _axes((feature,)))
@@ -120,7 +141,7 @@ def infer(call: StageCall) -> Callable[..., Any]:
 
     def callback(mesh: Any, arguments: Any, result: Any) -> Any:
         x = arguments[0]
-        lead, feature = _layout(call, x.sharding, len(x.shape))
+        lead, feature = _layout(call, x.sharding, x.shape)
         return tuple(NamedSharding(x.sharding.mesh, s) for s in _specs(call, lead, feature)[1])
 
     return callback

@@ -75,6 +75,8 @@ class StageCall:
     """Named dims that are sharded when the features are; empty = sharded features are gathered."""
     group: int = 1
     """Features that must stay on one shard together."""
+    row_block: int = 1
+    """Neighbouring rows that must stay on one shard together; 0 = all of them."""
 
     @property
     def definition(self) -> StageDef:

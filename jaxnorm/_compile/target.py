@@ -73,5 +73,18 @@ def resolve(platform: str, targets: tuple[tuple[str, str], ...]) -> str:
     return present[0] if present else DEFAULT[platform]
 
 
+def in_force(targets: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """The targets that what is traced now is for: those named by ``use_target``, else the default device's; () for a CPU."""
+    if targets:
+        return tuple(t for _, t in targets)
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    return (resolve(platform, ()),) if platform in DEFAULT and is_present(platform) else ("cpu",)
+
+
+def native_fp8(target: str) -> str:
+    """The e4m3 format that ``"fp8"`` means: fnuz on gfx94x, fn elsewhere."""
+    return "float8_e4m3fnuz" if target.startswith("gfx94") else "float8_e4m3fn"
+
+
 def is_present(platform: str) -> bool:
     return bool(_present(platform))

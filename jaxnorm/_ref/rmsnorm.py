@@ -8,33 +8,32 @@ All functions take any number of leading dims. ``axes`` names the mesh axes over
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ._common import Axes, f32, pad_last, rounded, row_sum
 
 
-def forward(
+def normalise(
     x: jax.Array,
     residual: jax.Array | None,
     weight: jax.Array | None,
     *,
     features: int,
-    width: int,
-    out_dtype: str,
     eps: float,
     weight_offset: float,
     cast: str,
     residual_rounding: str,
     axes: Axes = (),
-) -> dict[str, jax.Array]:
-    """``{"y": [..., width], "residual_out": [..., N], "rstd": float32 [...]}``; residual_out only with a residual."""
-    out = {}
-    n = f32(x)
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """(y float32 [..., N] before its last rounding, residual_out or None, rstd float32 [...])."""
+    n, residual_out = f32(x), None
     if residual is not None:
         n = n + f32(residual)
         kept = rounded(n, residual.dtype)
-        out["residual_out"] = kept.astype(residual.dtype)
+        residual_out = kept.astype(residual.dtype)
         if residual_rounding == "input":
             n = kept
     rstd = jax.lax.rsqrt(row_sum(n * n, axes) / features + eps)
@@ -43,9 +42,25 @@ def forward(
         y = rounded(y, x.dtype)
     if weight is not None:
         y = y * (f32(weight) + weight_offset)
-    out["y"] = pad_last(y.astype(out_dtype), width)
-    out["rstd"] = rstd[..., 0]
-    return out
+    return y, residual_out, rstd[..., 0]
+
+
+def forward(
+    x: jax.Array,
+    residual: jax.Array | None,
+    weight: jax.Array | None,
+    *,
+    width: int,
+    out_dtype: str,
+    **options: Any,
+) -> dict[str, jax.Array]:
+    """``{"y": [..., width], "residual_out": [..., N], "rstd": float32 [...]}``; residual_out only with a residual.
+
+    ``options`` are those of :func:`normalise`.
+    """
+    y, residual_out, rstd = normalise(x, residual, weight, **options)
+    out = {"y": pad_last(y.astype(out_dtype), width), "rstd": rstd}
+    return out if residual_out is None else {**out, "residual_out": residual_out}
 
 
 def backward(
