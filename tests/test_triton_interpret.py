@@ -357,11 +357,11 @@ def test_backward(back):
 @pytest.mark.parametrize(
     "back", [Back(Case(43, 1024)), Back(Case(9, 3000)), Back(Case(150, 31, x=F16, weight=F32))], ids=str
 )
-@pytest.mark.parametrize("prefetch", [True, False])
-def test_backward_with_several_tiles_a_program(back, prefetch):
+@pytest.mark.parametrize(("prefetch", "reread"), [(True, False), (False, True), (False, False)])
+def test_backward_with_several_tiles_a_program(back, prefetch, reread):
     def plan(p):
         steps = few_programs(p)
-        constants = tuple((k, prefetch if k == "PREFETCH" else v) for k, v in steps[0].constants)
+        constants = tuple((k, {"PREFETCH": prefetch, "REREAD": reread}.get(k, v)) for k, v in steps[0].constants)
         assert 1 < steps[0].grid[0] < p.rows / dict(steps[0].constants)["ROWS"]
         return (dataclasses.replace(steps[0], constants=constants), *steps[1:])
 
