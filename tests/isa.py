@@ -25,7 +25,9 @@ _AMD_WIDTH = {
 _AMD_ACCESS = re.compile(
     r"^\s*(?:global|buffer|flat)_(load|store)_(?:lds_)?(?:short_)?(?:d16_(?:hi_)?)?([a-z]+\d*(?:x\d)?)", re.M
 )
-_PTX_ACCESS = re.compile(r"\b(ld|st)\.(?:volatile\.|weak\.|relaxed\.\w+\.)?global((?:\.[\w:]+)*?)(?:\.v(\d))?\.[a-z](\d+)\b")
+_PTX_ACCESS = re.compile(
+    r"\b(ld|st)\.(?:volatile\.|weak\.|relaxed\.\w+\.)?global((?:\.[\w:]+)*?)(?:\.v(\d))?\.[a-z](\d+)\b"
+)
 _PTX_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\S+?)[,;]")
 _SASS_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E((?:\.[A-Z0-9_]+)*)")
 _SASS_WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}

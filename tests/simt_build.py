@@ -104,9 +104,15 @@ class Kernels:
     def _start(wave: int, launches: list[tuple[Launch, str]]) -> tuple[Path, subprocess.Popen | None]:
         text = _HEAD.format(wave=wave) + "".join(_piece(i, *entry) for i, entry in enumerate(launches))
         text += _TAIL.format(runners=", ".join(f"run_{i}" for i in range(len(launches))))
-        sources = [*sorted((csrc_dir() / "include").rglob("*.h")), *sorted((csrc_dir() / "kernels").glob("*.hip")), HERE / "simt.h"]
+        sources = [
+            *sorted((csrc_dir() / "include").rglob("*.h")),
+            *sorted((csrc_dir() / "kernels").glob("*.hip")),
+            HERE / "simt.h",
+        ]
         digest = hashlib.sha256(text.encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:20]
-        folder = Path(os.environ.get("JAXNORM_TEST_BUILD_DIR", Path(tempfile.gettempdir()) / f"jaxnorm-simt-{os.getuid()}"))
+        folder = Path(
+            os.environ.get("JAXNORM_TEST_BUILD_DIR", Path(tempfile.gettempdir()) / f"jaxnorm-simt-{os.getuid()}")
+        )
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         out = folder / f"{digest}.so"
         if out.exists():
@@ -136,7 +142,9 @@ class Kernels:
         for name, buffer in buffers.items():
             buffer.check(name)
             if name in operands:
-                assert (buffer.array.view(np.uint8) == operands[name].view(np.uint8)).all(), f"{name}: an operand was written"
+                assert (buffer.array.view(np.uint8) == operands[name].view(np.uint8)).all(), (
+                    f"{name}: an operand was written"
+                )
         return {n: b.array for n, b in buffers.items() if n not in operands}
 
     def _launch(self, problem: Problem, launch: Launch, buffers: dict[str, Guarded], order: str) -> None:
@@ -146,11 +154,17 @@ class Kernels:
                 buffers[name] = Guarded(*(temps[name] if name in temps else (problem.shape(name), problem.dtype(name))))
         address = lambda n: ctypes.c_void_p(buffers[n].address if n in buffers else None)  # noqa: E731
         kinds = {"i32": ctypes.c_uint32, "i64": ctypes.c_uint64, "fp32": ctypes.c_float}
-        values = [*map(address, launch.inputs), *(kinds[k](v) for _, k, v in launch.scalars), *map(address, launch.outputs)]
+        values = [
+            *map(address, launch.inputs),
+            *(kinds[k](v) for _, k, v in launch.scalars),
+            *map(address, launch.outputs),
+        ]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values])
         wave = wave_size(problem.target)
         index = self._index[wave][_instance(launch, problem.target)]
-        status = self._library[wave].simt_run(index, *launch.grid[:2], launch.threads, launch.shared, ORDERS[order], pointers)
+        status = self._library[wave].simt_run(
+            index, *launch.grid[:2], launch.threads, launch.shared, ORDERS[order], pointers
+        )
         assert status == 0, f"{launch.kernel}: the kernel ended with status {status} (a negative one is a signal)"
 
 

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -21,6 +22,7 @@ from jaxnorm.kernels.configs import ITEMSIZE, Launch, Problem, rmsnorm_hip, shar
 from test_hip_simt import BEFORE, GEMMA, ROUNDED, Case
 
 from jaxnorm._compile import hip
+from jaxnorm.errors import CompileError
 
 BF16, F16, F32 = cases.FLOATS
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100")
@@ -36,7 +38,9 @@ def clang() -> str | None:
 
 def need_compiler(target: str) -> None:
     if target.startswith("gfx"):
-        needs.need("clang", clang() is not None, f"set {hip.CLANG_VARIABLE}; python tools/rocm_clang.py DIR makes a clang")
+        needs.need(
+            "clang", clang() is not None, f"set {hip.CLANG_VARIABLE}; python tools/rocm_clang.py DIR makes a clang"
+        )
         return
     usable, reason, remedy = hip.available(target)
     needs.need("nvrtc", usable, f"{reason} {remedy}")
@@ -46,7 +50,13 @@ def need_compiler(target: str) -> None:
 def machine_code(launch: Launch, problem: Problem) -> str:
     """AMD assembly or SASS, kept between runs by a digest of all that went in."""
     target = problem.target
-    parts = [target, launch.kernel, *hip.macros(launch, target), *hip._sources(launch.kernel.split(":")[0]), str(clang())]
+    parts = [
+        target,
+        launch.kernel,
+        *hip.macros(launch, target),
+        *hip._sources(launch.kernel.split(":")[0]),
+        str(clang()),
+    ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("JAXNORM_TEST_BUILD_DIR", Path(tempfile.gettempdir()) / f"jaxnorm-code-{os.getuid()}"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -116,7 +126,8 @@ def pairwise(**axes: tuple) -> list[dict]:
 def storage_cases() -> list[tuple[str, Case]]:
     """Every way of keeping a row, on every target, with the dtypes that matter most."""
     forward = [Case(128, rows=1 << 18), Case(128, rows=1), Case(1024, rows=8192), Case(4096, rows=16),
-               Case(4096, rows=8192, weight=F32, options=GEMMA), Case(65536, rows=4096, residual=BF16)]  # fmt: skip
+               Case(4096, rows=8192, weight=F32, options=GEMMA), Case(65536, rows=4096, residual=BF16),
+               Case(131072, rows=1024)]  # fmt: skip
     backward = [Case(128, rows=1 << 18), Case(1024, rows=8192), Case(8192, rows=8192), Case(65536, rows=512)]
     return [("fwd", c) for c in forward] + [("bwd", c) for c in backward]
 
@@ -191,6 +202,35 @@ def test_hardware_bf16() -> None:
         problem = Case(4096, rows=8192, target=target).forward()
         (launch,) = rmsnorm_hip.plan(problem)
         assert ("v_cvt_pk_bf16_f32" in machine_code(launch, problem)) == (target == "gfx950")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_an_error_names_kernel_options_and_log(target: str) -> None:
+    need_compiler(target)
+    problem = Case(128, rows=8, target=target).forward()
+    (launch,) = rmsnorm_hip.plan(problem)
+    broken = replace(
+        launch, constants=(*launch.constants[:-1], ("JN_ROUND_RESIDUAL", "no_such_name"), ("JN_X", "NoSuchType"))
+    )
+    with pytest.raises(CompileError) as raised:
+        hip.compile(broken, problem)
+    for part in ("rmsnorm.hip:rmsnorm_fwd", "-DJN_N=128", "NoSuchType", "error"):
+        assert part in str(raised.value)
+
+
+def test_missing_compilers_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hip.rtc, "find", lambda api: None)
+    monkeypatch.setattr(hip.shutil, "which", lambda name: None)
+    monkeypatch.delenv(hip.CLANG_VARIABLE, raising=False)
+    for target, name in (("sm_90", "libnvrtc"), ("gfx942", "hipcc"), ("riscv", "riscv")):
+        usable, reason, remedy = hip.available(target)
+        assert not usable
+        assert name in reason
+        assert remedy
+        problem = Case(128, rows=8, target=target).forward()
+        launch = Launch("rmsnorm.hip:rmsnorm_fwd", ("x",), ("y",), (1, 1, 1))
+        with pytest.raises(CompileError, match=name):
+            hip.compile(launch, problem)
 
 
 @pytest.mark.parametrize("rows", [1, 1024, 8192])

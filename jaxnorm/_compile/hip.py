@@ -152,18 +152,24 @@ def _build(compiler: Compiler, launch: Launch, target: str, entry: str, options:
     else:
         image = _run_clang(compiler.path, launch.kernel, file, arguments, lambda out: ["-o", out])
     if image[:4] != b"\x7fELF":
-        raise CompileError(f"{launch.kernel}: {compiler.kind} gave {len(image)} bytes that are no ELF file for {target}.")
+        raise CompileError(
+            f"{launch.kernel}: {compiler.kind} gave {len(image)} bytes that are no ELF file for {target}."
+        )
     return CodeObject(image, entry, target, launch.threads, launch.shared, source_key="")
 
 
-def _run_clang(path: str, kernel: str, file: str, arguments: Sequence[str], output: Callable[[str], list[str]]) -> bytes:
+def _run_clang(
+    path: str, kernel: str, file: str, arguments: Sequence[str], output: Callable[[str], list[str]]
+) -> bytes:
     source, include = csrc_dir() / "kernels" / file, csrc_dir() / "include"
     with tempfile.TemporaryDirectory(prefix="jaxnorm-") as folder:
         out = os.path.join(folder, "out")
         command = [path, *arguments, f"-I{include}", *output(out), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not os.path.exists(out):
-            raise CompileError(f"{kernel}: {os.path.basename(path)} failed ({done.returncode}): {' '.join(command)}\n{done.stderr}")
+            raise CompileError(
+                f"{kernel}: {os.path.basename(path)} failed ({done.returncode}): {' '.join(command)}\n{done.stderr}"
+            )
         return Path(out).read_bytes()
 
 
@@ -180,4 +186,4 @@ def assembly(launch: Launch, problem: Problem, clang: str | None = None) -> str:
     arguments = [*_target_options(compiler, problem.target), *macros(launch, problem.target), "-S"]
     text = _run_clang(compiler.path, launch.kernel, file, arguments, lambda out: ["-o", out]).decode()
     # A path of this machine in the text would make equal code look different.
-    return re.sub(r'^\s*\.(file|ident)\s.*\n', "", text, flags=re.M)
+    return re.sub(r"^\s*\.(file|ident)\s.*\n", "", text, flags=re.M)

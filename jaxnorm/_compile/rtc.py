@@ -18,7 +18,10 @@ from typing import Any
 
 # Newest first, unless jax's CUDA plugin says which major it is.
 _WHEELS = {"13": "nvidia/cu13/lib/libnvrtc.so.13", "12": "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"}
-_SONAMES = {"nvrtc": ("libnvrtc.so.13", "libnvrtc.so.12"), "hiprtc": ("libhiprtc.so.7", "libhiprtc.so.6", "libhiprtc.so")}
+_SONAMES = {
+    "nvrtc": ("libnvrtc.so.13", "libnvrtc.so.12"),
+    "hiprtc": ("libhiprtc.so.7", "libhiprtc.so.6", "libhiprtc.so"),
+}
 _RESULT = {"nvrtc": ("GetCUBINSize", "GetCUBIN"), "hiprtc": ("GetCodeSize", "GetCode")}
 _compiling = threading.Lock()
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
 
-GRID_X = 1 << 21  # gpu.h:kGridX; AMD wants blocks * threads < 2^32 in each dimension, and a block has at most 1024 threads
+GRID_X = (
+    1 << 21
+)  # gpu.h:kGridX; AMD wants blocks * threads < 2^32 in each dimension, and a block has at most 1024 threads
 MAX_FEATURES = 1 << 24  # columns are 32-bit and 1/N is a float32
 MAX_THREADS = 1024
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -177,11 +179,19 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     return lanes
 
 
+def _row_registers(problem: Problem) -> int:
+    """Registers that a thread of the largest block may hold of a row. 1024 threads leave each 64 on NVIDIA, 128 on gfx9 and 96 on
+    gfx11; about half of them."""
+    if _nvidia(problem):
+        return 32
+    return 64 if problem.target.startswith("gfx9") else 48
+
+
 def _room(problem: Problem, blocks: int) -> int:
     """Chunks a thread of 512 can keep on chip with ``blocks`` of them on a compute unit."""
     words = _held_words(problem, vector(problem))
     shared = shared_memory(problem.target) // blocks - 2048
-    return (32 if _nvidia(problem) else 64) // words + shared // (_chunk_bytes(problem) * 512)
+    return _row_registers(problem) // words + shared // (_chunk_bytes(problem) * 512)
 
 
 def _chunk_bytes(problem: Problem) -> int:
@@ -193,9 +203,8 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _held_words(problem, v)
     per = _ceil(chunks, c.lanes)
-    # NVIDIA: 64 registers for each of 1024 threads, AMD twice that; half can be row, a little less where shared memory, which
-    # needs registers to pass through, holds the other part (seen: spills).
-    limit = 32 if _nvidia(problem) else 64
+    # A little less where shared memory, which the rest of the row reaches through registers, holds the other part (seen: spills).
+    limit = _row_registers(problem)
     regs = min(per, max(1, (limit if per * words <= limit else limit * 3 // 4) // words))
     blocks = 2 if c.lanes <= 512 else 1
     free = shared_memory(problem.target) // blocks - 1024 - _sum_bytes(chunks, c.lanes, wave)
@@ -245,12 +254,11 @@ def _forward_candidates(problem: Problem) -> Iterator[Forward]:
             if per * words <= 64:
                 yield from (Forward(wave, g, regs=per, early=e) for g in (1, 2, 4, 8) for e in (False, True))
             continue
-        if lanes < 512 and per * words > 64:
+        if (lanes < 512 and per * words > 64) or per in (5, 7) or 8 < per < 16:
             continue
         base = _with_storage(problem, Forward(lanes))
-        for early in (False, True):
-            for blocks in {1, base.min_blocks, base.min_blocks + 1}:
-                yield replace(base, early=early, min_blocks=blocks)
+        yield from (replace(base, early=early) for early in (False, True))
+        yield from (replace(base, min_blocks=b) for b in {1, base.min_blocks + 1})
         room = (shared_memory(problem.target) - 4096) // (_chunk_bytes(problem) * lanes)
         for regs in {base.regs // 2, base.regs * 2} if per * words > 16 else ():
             if 1 <= regs <= per and regs * words <= 64 and per - regs <= room:
@@ -327,8 +335,8 @@ def _backward(problem: Problem) -> Backward:
     return c if c.depth else _tiled(problem, v)
 
 
-def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int) -> Backward:
-    """Fills in blocks, depth and where the rows ahead wait; depth 0 if they do not fit."""
+def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int, most: int = 16) -> Backward:
+    """Fills in blocks (at most ``most``), depth and where the rows ahead wait; depth 0 if they do not fit."""
     threads, wave = c.lanes * c.groups, wave_size(problem.target)
     columns = per * v
     row_words = columns * sum(_itemsize(problem, n) for n in ROW_INPUTS) // 4
@@ -338,6 +346,7 @@ def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int) -> 
         # Registers: the sums, the row once, and 32 more (seen to do without spills in the sm_90 code, weights included).
         need = 32 + columns + row_words
         blocks = max((b for b in range(1, 1024 // threads + 1) if _registers(threads, b) >= need), default=1)
+        blocks = min(blocks, most)
         slot = _slot_bytes(problem, v, per, threads)
         fixed = (0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)) + 1024
         while blocks > 1 and (shared_memory(problem.target) // blocks - fixed) // slot < 3:
@@ -347,8 +356,10 @@ def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int) -> 
         return replace(c, blocks=blocks, depth=max(0, slots - 1), shared_pipe=True, hold_weight=hold, min_blocks=blocks)
     # One row ahead in registers: AMD has 512 of them for each lane of a SIMD, and no copy to LDS that keeps 16-byte accesses.
     need = 40 + columns + weight_words + 2 * row_words
-    budget = 65536 // threads if _nvidia(problem) else min(512, 4 * 512 * wave // threads * (2 if wave == 32 else 1) // 2)
-    blocks = max(1, min(budget // need, 2048 // threads))
+    budget = (
+        65536 // threads if _nvidia(problem) else min(512, 4 * 512 * wave // threads * (2 if wave == 32 else 1) // 2)
+    )
+    blocks = max(1, min(budget // need, 2048 // threads, most))
     fits = need <= budget + 16
     return replace(c, blocks=blocks, depth=1 if fits else 0, shared_pipe=False, hold_weight=columns <= 32)
 
@@ -363,23 +374,25 @@ def _tiled(problem: Problem, v: int) -> Backward:
 def _backward_candidates(problem: Problem) -> Iterator[Backward]:
     wave, v = wave_size(problem.target), vector(problem)
     chunks = problem.features // v
-    plans = [_backward(problem)]
-    if plans[0].tile:
-        for depth in range(1, plans[0].depth + 1):
-            yield replace(plans[0], depth=depth)
+    planned = _backward(problem)
+    if planned.tile:
+        for per in (1, 2, 4):
+            for lanes in (128, 256, 512):
+                c = Backward(lanes, 1, 0, 1, False, True, tile=lanes * per)
+                yield _with_pipe(problem, c, v, per, lanes * per)
         return
     for each in (8, 16, 32):
         lanes = next_power_of_2(chunks) if chunks <= wave else _round_up(_ceil(chunks, max(1, each // v)), wave)
         if lanes > MAX_THREADS:
             continue
-        for threads in (128, 256, 512) if lanes <= wave else (lanes,):
-            c = _with_pipe(problem, Backward(lanes, max(1, threads // lanes), 0, 1, False, True), v, _ceil(chunks, lanes), chunks)
-            if not c.depth or c.groups & (c.groups - 1):
-                continue
-            for blocks in range(1, c.blocks + 1):
-                for depth in {c.depth, min(2, c.depth), 1}:
-                    for hold in (True, False):
-                        yield replace(c, blocks=blocks, depth=depth, hold_weight=hold, min_blocks=blocks)
+        for threads in (128, 256) if lanes <= wave else (lanes,):
+            start = Backward(lanes, max(1, threads // lanes), 0, 1, False, True)
+            most = _with_pipe(problem, start, v, _ceil(chunks, lanes), chunks).blocks
+            for blocks in {most, most - 1, _ceil(most, 2), 1} - {0}:
+                c = _with_pipe(problem, start, v, _ceil(chunks, lanes), chunks, blocks)
+                if c.depth and not c.groups & (c.groups - 1):
+                    yield from (replace(c, depth=depth) for depth in {c.depth, _ceil(c.depth, 2)})
+                    yield replace(c, hold_weight=not c.hold_weight)
 
 
 def programs(problem: Problem, c: Backward) -> int:

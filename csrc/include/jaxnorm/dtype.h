@@ -35,16 +35,6 @@ JN_DEV void unpack2(BF16, u32 w, float& lo, float& hi) {
   lo = bits_f32(w << 16);
   hi = bits_f32(w & 0xffff0000u);
 }
-// The same for bits that were unpacked before. ptxas would keep the earlier results in registers, twice as many as the bits
-// take; byte permutations it does not recognise as the same thing.
-template <class T> JN_DEV void unpack2_again(T, u32 w, float& lo, float& hi) { unpack2(T{}, w, lo, hi); }
-#if defined(JN_NVIDIA)
-JN_DEV void unpack2_again(BF16, u32 w, float& lo, float& hi) {
-  asm("prmt.b32 %0, %1, 0, 0x1044;" : "=f"(lo) : "r"(w));
-  asm("prmt.b32 %0, %1, 0, 0x3244;" : "=f"(hi) : "r"(w));
-}
-#endif
-
 #if defined(JN_SIMT)
 inline u32 half_bits(float f) {
   const u32 u = f32_bits(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
@@ -87,5 +77,20 @@ JN_DEV void unpack2(F16, u32 w, float& lo, float& hi) {
   hi = float(v.y);
 #endif
 }
+
+// The same for bits that were unpacked before. A compiler would keep the earlier results in registers, twice as many as the bits
+// take. ptxas does not recognise byte permutations as the same thing; clang must not know where the bits come from.
+template <class T> JN_DEV void unpack2_again(T, u32 w, float& lo, float& hi) {
+#if defined(JN_AMD)
+  asm("" : "+v"(w));
+#endif
+  unpack2(T{}, w, lo, hi);
+}
+#if defined(JN_NVIDIA)
+JN_DEV void unpack2_again(BF16, u32 w, float& lo, float& hi) {
+  asm("prmt.b32 %0, %1, 0, 0x1044;" : "=f"(lo) : "r"(w));
+  asm("prmt.b32 %0, %1, 0, 0x3244;" : "=f"(hi) : "r"(w));
+}
+#endif
 
 }  // namespace jaxnorm
