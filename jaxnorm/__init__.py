@@ -11,23 +11,30 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._api.quant import add_rmsnorm_quant, quantize, rmsnorm_quant
     from ._api.rmsnorm import add_rmsnorm, rmsnorm
     from ._compile.target import use_target
     from ._dispatch import BackendInfo, backends, use_backend
     from ._explain import Choice, explain
     from ._export import export_checks
+    from ._types import Quantized, QuantSpec
     from .errors import UnsupportedError
 
 __all__ = [
     "BackendInfo",
     "Choice",
+    "QuantSpec",
+    "Quantized",
     "UnsupportedError",
     "__version__",
     "add_rmsnorm",
+    "add_rmsnorm_quant",
     "backends",
     "explain",
     "export_checks",
+    "quantize",
     "rmsnorm",
+    "rmsnorm_quant",
     "use_backend",
     "use_target",
 ]
@@ -36,12 +43,17 @@ __all__ = [
 _HOME = {
     "BackendInfo": "_dispatch",
     "Choice": "_explain",
+    "QuantSpec": "_types",
+    "Quantized": "_types",
     "UnsupportedError": "errors",
     "add_rmsnorm": "_api.rmsnorm",
+    "add_rmsnorm_quant": "_api.quant",
     "backends": "_dispatch",
     "explain": "_explain",
     "export_checks": "_export",
+    "quantize": "_api.quant",
     "rmsnorm": "_api.rmsnorm",
+    "rmsnorm_quant": "_api.quant",
     "use_backend": "_dispatch",
     "use_target": "_compile.target",
 }

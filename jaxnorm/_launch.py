@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 
 from . import _compat, _native
 from ._stage import StageCall
-from .errors import UnsupportedError
+from .errors import UnsupportedError, value_error
 from .kernels.configs import Launch, Problem
 
 BRIDGES = ("launcher", "jaxlib", "jax-triton")
@@ -67,11 +67,24 @@ def _lower_cpu(ctx: Any, *args: Any, call: StageCall) -> Any:
     return _lower_reference(ctx, *args, call=call)
 
 
+def _check_fp8(call: StageCall, t: str) -> None:
+    """A program has one result type, so "fp8" must mean the same format on every platform it is lowered for."""
+    from ._compile import target
+
+    options = dict(call.options)
+    if options.get("fp8") and options["spec"].dtype != target.native_fp8(t):
+        got = f"'fp8', traced as {options['spec'].dtype}, lowered for {t} whose own is {target.native_fp8(t)}"
+        raise value_error(
+            call.op, "spec.dtype", got, "one flavour", "Name the dtype, or trace inside jaxnorm.use_target."
+        )
+
+
 def _lower_gpu(platform: str, ctx: Any, *args: Any, call: StageCall) -> Any:
     from . import _dispatch
     from ._compile import target
 
     p = problem(call, ctx.avals_in, target.resolve(platform, call.targets))
+    _check_fp8(call, p.target)
     chosen = _dispatch.choose(call, p, platform)
     if chosen.backend == "xla":
         return _lower_reference(ctx, *args, call=call)

@@ -14,6 +14,8 @@ from jax import core
 from ..errors import type_error, value_error
 
 FLOATS = ("bfloat16", "float16", "float32")
+CASTS = ("output", "before_weight")
+ROUNDINGS = ("float32", "input")
 
 
 def array(op: str, argument: str, value: Any) -> jax.Array:
@@ -73,6 +75,15 @@ def eps(op: str, value: Any) -> float:
     v = number(op, "eps", value)
     if v < 0:
         raise value_error(op, "eps", v, "a number >= 0")
+    return v
+
+
+def offset(op: str, value: Any, weight: jax.Array | None) -> float:
+    v = number(op, "weight_offset", value)
+    if weight is None and v != 0.0:
+        raise value_error(
+            op, "weight_offset", v, "0.0 when weight is None", "Pass a weight, or leave weight_offset out."
+        )
     return v
 
 

@@ -99,7 +99,9 @@ def resolve(spec: QuantSpec, targets: tuple[tuple[str, str], ...]) -> QuantSpec:
     flavours = {target.native_fp8(t) for t in target.in_force(targets)}
     if len(flavours) > 1:
         got = " and ".join(f"{t} ({target.native_fp8(t)})" for t in target.in_force(targets))
-        raise value_error("QuantSpec", "dtype", f"'fp8' for {got}", "one flavour", "Name float8_e4m3fn or float8_e4m3fnuz.")
+        raise value_error(
+            "QuantSpec", "dtype", f"'fp8' for {got}", "one flavour", "Name float8_e4m3fn or float8_e4m3fnuz."
+        )
     import dataclasses
 
     return dataclasses.replace(spec, dtype=flavours.pop())
@@ -161,7 +163,9 @@ def _run(config: _Config, arrays: Arrays) -> Any:
     out = _op.run(call, tuple(arrays.values()))
     scale = arrays["static_scale"].reshape(()) if static else out["scale"]
     if not static and spec.scale_layout != "row" and "r" not in sizes:
-        scale = scale.reshape(scale.shape[0], -1) if spec.scale_layout == "column" else scale.reshape(-1, scale.shape[-1])
+        scale = (
+            scale.reshape(scale.shape[0], -1) if spec.scale_layout == "column" else scale.reshape(-1, scale.shape[-1])
+        )
     result = Quantized(out["values"], scale, spec)
     extras = [out[k] for k in ("residual_out", "y") if k in out]
     return (result, *extras) if extras else result
@@ -230,7 +234,9 @@ def call_op(
             raise value_error(op, "static_scale", f"shape {static_scale.shape}", "() or (1,)")
         if spec.group_size is not None or spec.scale_dtype != "float32":
             got = f"group_size={spec.group_size}, scale_dtype={spec.scale_dtype!r}"
-            raise value_error(op, "static_scale", f"one with {got}", "group_size=None and float32 scales", "It is one scale for all.")
+            raise value_error(
+                op, "static_scale", f"one with {got}", "group_size=None and float32 scales", "It is one scale for all."
+            )
         operands["static_scale"] = f32(static_scale).reshape(())
     if spec.group_size is not None and width % spec.group_size:
         divisors = [g for g in (32, 64, 128) if width % g == 0]
@@ -239,7 +245,17 @@ def call_op(
     name, source = _dispatch.requested(op, backend)
     targets = target.named()
     config = _Config(
-        op, base, stage, resolve(spec, targets), spec.dtype == "fp8", width, keep, tuple(options.items()), name, source, targets
+        op,
+        base,
+        stage,
+        resolve(spec, targets),
+        spec.dtype == "fp8",
+        width,
+        keep,
+        tuple(options.items()),
+        name,
+        source,
+        targets,
     )
     return _jitted({k: v for k, v in operands.items() if v is not None}, config)
 
@@ -275,4 +291,162 @@ def quantize(
     )  # fmt: skip
 
 
+def _rmsnorm(
+    op: str,
+    x: Any,
+    residual: Any,
+    weight: Any,
+    spec: Any,
+    *,
+    has_residual: bool,
+    smooth_scale: Any,
+    static_scale: Any,
+    keep_unquantized: Any,
+    residual_rounding: Any,
+    eps: Any,
+    weight_offset: Any,
+    cast: Any,
+    out_dtype: Any,
+    pad_to_multiple: Any,
+    backend: Any,
+) -> Any:
+    operands: dict[str, Any] = {"x": check.array(op, "x", x)}
+    x = operands["x"]
+    check.features_last(op, "x", x)
+    if has_residual:
+        operands["residual"] = check.array(op, "residual", residual)
+        check.same_shape(op, "residual", operands["residual"], x)
+    operands["weight"] = check.vector(op, "weight", weight, x.shape[-1])
+    options = {
+        "eps": check.eps(op, eps),
+        "weight_offset": check.offset(op, weight_offset, operands["weight"]),
+        "cast": check.choice(op, "cast", cast, check.CASTS),
+        "residual_rounding": check.choice(op, "residual_rounding", residual_rounding, check.ROUNDINGS),
+    }
+    if not isinstance(keep_unquantized, bool):
+        raise type_error(op, "keep_unquantized", type(keep_unquantized).__name__, "a bool")
+    if out_dtype is not None and not keep_unquantized:
+        raise value_error(
+            op, "out_dtype", out_dtype, "None without keep_unquantized", "It is the dtype of the unquantised y."
+        )
+    kept = check.out_dtype(op, out_dtype, x) if keep_unquantized else None
+    base = "add_rmsnorm(...)[0]" if has_residual else "rmsnorm(...)"
+    return call_op(
+        op,
+        base,
+        "rmsnorm_quant_fwd",
+        operands,
+        spec,
+        smooth_scale=smooth_scale,
+        static_scale=static_scale,
+        keep=kept,
+        width=check.padded_width(op, pad_to_multiple, x.shape[-1]),
+        options=options,
+        backend=backend,
+    )
+
+
+def rmsnorm_quant(
+    x: jax.Array,
+    weight: jax.Array | None,
+    spec: QuantSpec,
+    *,
+    smooth_scale: Any = None,
+    static_scale: Any = None,
+    keep_unquantized: bool = False,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    cast: str = "output",
+    out_dtype: Any = None,
+    pad_to_multiple: int | None = None,
+    backend: str | None = None,
+) -> Any:
+    """``quantize(rmsnorm(x, weight))`` on the unrounded float32 y, in one kernel.
+
+    Args:
+      x, weight, eps, weight_offset, cast: as in :func:`rmsnorm`.
+      spec, smooth_scale, static_scale:    as in :func:`quantize`; smooth_scale multiplies y, after the weight.
+      keep_unquantized: also return y as ``rmsnorm`` gives it, before the smooth scale.
+      out_dtype:        dtype of that y; x.dtype when None.
+      pad_to_multiple:  codes (and y) are ``[..., ceil(N / p) * p]``; the zeros are quantised with their row or group.
+
+    Returns:
+      Quantized, or (Quantized, y) with keep_unquantized.
+
+    Raises:
+      ValueError, TypeError: a wrong shape, dtype or option; a group size that does not divide the (padded) N.
+
+    Gradients: none, see :func:`quantize`. Sharding: see :func:`quantize`; sharded features also sum one float a row.
+    """
+    return _rmsnorm(
+        "rmsnorm_quant",
+        x,
+        None,
+        weight,
+        spec,
+        has_residual=False,
+        smooth_scale=smooth_scale,
+        static_scale=static_scale,
+        keep_unquantized=keep_unquantized,
+        residual_rounding="float32",
+        eps=eps,
+        weight_offset=weight_offset,
+        cast=cast,
+        out_dtype=out_dtype,
+        pad_to_multiple=pad_to_multiple,
+        backend=backend,
+    )
+
+
+def add_rmsnorm_quant(
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array | None,
+    spec: QuantSpec,
+    *,
+    smooth_scale: Any = None,
+    static_scale: Any = None,
+    keep_unquantized: bool = False,
+    residual_rounding: str = "float32",
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    cast: str = "output",
+    out_dtype: Any = None,
+    pad_to_multiple: int | None = None,
+    backend: str | None = None,
+) -> Any:
+    """The residual add, the norm and the quantisation in one kernel: reads x and residual once, writes codes and residual_out once.
+
+    Args:
+      x, residual, weight, residual_rounding, eps, weight_offset, cast: as in :func:`add_rmsnorm`.
+      The others as in :func:`rmsnorm_quant`.
+
+    Returns:
+      (Quantized, residual_out), or (Quantized, residual_out, y) with keep_unquantized; residual_out as :func:`add_rmsnorm` gives
+      it, never padded.
+
+    Raises, Gradients, Sharding: as :func:`rmsnorm_quant`.
+    """
+    return _rmsnorm(
+        "add_rmsnorm_quant",
+        x,
+        residual,
+        weight,
+        spec,
+        has_residual=True,
+        smooth_scale=smooth_scale,
+        static_scale=static_scale,
+        keep_unquantized=keep_unquantized,
+        residual_rounding=residual_rounding,
+        eps=eps,
+        weight_offset=weight_offset,
+        cast=cast,
+        out_dtype=out_dtype,
+        pad_to_multiple=pad_to_multiple,
+        backend=backend,
+    )
+
+
 register_op(OpDef("quantize", quantize, QUANTIZE))
+register_op(OpDef("rmsnorm_quant", rmsnorm_quant, RMSNORM_QUANT))
+register_op(OpDef("add_rmsnorm_quant", add_rmsnorm_quant, RMSNORM_QUANT))

@@ -14,7 +14,6 @@ from .. import _compat, _dispatch, _op, _sharding
 from .._compile import target
 from .._ref import rmsnorm as ref
 from .._stage import Arrays, OpDef, StageCall, StageDef, register_op, register_stage
-from ..errors import value_error
 from . import _checks as check
 
 
@@ -206,11 +205,7 @@ def _call(
         residual = check.array(op, "residual", residual)
         check.same_shape(op, "residual", residual, x)
     weight = check.vector(op, "weight", weight, x.shape[-1])
-    offset = check.number(op, "weight_offset", weight_offset)
-    if weight is None and offset != 0.0:
-        raise value_error(
-            op, "weight_offset", offset, "0.0 when weight is None", "Pass a weight, or leave weight_offset out."
-        )
+    offset = check.offset(op, weight_offset, weight)
     name, source = _dispatch.requested(op, backend)
     config = _Config(
         op,
@@ -218,8 +213,8 @@ def _call(
         residual.dtype.name if has_residual else None,
         check.eps(op, eps),
         offset,
-        check.choice(op, "cast", cast, ("output", "before_weight")),
-        check.choice(op, "residual_rounding", residual_rounding, ("float32", "input")),
+        check.choice(op, "cast", cast, check.CASTS),
+        check.choice(op, "residual_rounding", residual_rounding, check.ROUNDINGS),
         check.out_dtype(op, out_dtype, x),
         check.padded_width(op, pad_to_multiple, x.shape[-1]),
         name,
