@@ -6,6 +6,7 @@ PyTorch on the same GGUF file; versions, date and method stand in it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -22,9 +23,7 @@ import jaxnorm
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
-_missing = [
-    name for name in ("gguf", "sentencepiece", "typer", "rich", "google.protobuf") if not importlib.util.find_spec(name)
-]
+_missing = [name for name in ("gguf", "sentencepiece", "typer", "rich") if not importlib.util.find_spec(name)]
 if _missing:
     pytest.skip(f"needs demo: {', '.join(_missing)} not installed: pip install -e '.[demo]'", allow_module_level=True)
 
@@ -39,7 +38,7 @@ from examples.gemma.tokenizer import Tokenizer  # noqa: E402
 TINY = model.Config(
     vocab=300, width=32, layers=7, heads=4, kv_heads=2, head_dim=16, mlp_width=48, context=96, window=5
 )  # fmt: skip
-# 18 layers of float32 in another order of summation. Seen on a CPU: 1e-4 at most, on logits of up to 30.
+# 18 layers of float32 in another order of summation. Seen on a CPU: 4.1e-4 at most, on logits of up to 30.
 LOGIT_TOLERANCE = 2e-3
 
 
@@ -92,7 +91,7 @@ def test_later_tokens_change_nothing():
 @pytest.mark.parametrize(("layers", "reaches"), [(5, False), (6, True)])
 def test_sliding_window(layers, reaches):
     """Five local layers of window 3 see 5 * 2 tokens back; the sixth layer is global and sees everything."""
-    config = model.dataclasses.replace(TINY, layers=layers, window=3)
+    config = dataclasses.replace(TINY, layers=layers, window=3)
     params = tiny_params(config)
     before = whole(params, config, TOKENS)
     after = whole(params, config, [TOKENS[0] + 1, *TOKENS[1:]])
@@ -124,6 +123,9 @@ def test_generator_is_greedy_over_chunks(monkeypatch):
         assert step.token == int(jnp.argmax(expected))
         tokens.append(step.token)
     assert len(steps) == 6
+    for prompt in ([], [*TOKENS, 5]):
+        with pytest.raises(ValueError, match=f"got {len(prompt)} tokens, expected 1 to 20"):
+            next(generator(prompt))
     assert [s.token for s in generator(TOKENS, stop_id=steps[2].token)] == [s.token for s in steps[:2]]
 
 
@@ -168,7 +170,7 @@ def test_tokenizer_on_a_made_up_vocabulary():
 def tiny_gguf(tmp_path_factory) -> Path:
     """A whole GGUF file of a random model with the made-up vocabulary; matrices in Q8_0 where the row length allows."""
     pieces, scores, types = vocabulary()
-    config = model.dataclasses.replace(TINY, vocab=len(pieces))
+    config = dataclasses.replace(TINY, vocab=len(pieces))
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_embedding_length(config.width)
@@ -215,7 +217,7 @@ def tiny_gguf(tmp_path_factory) -> Path:
 def test_load_reads_what_was_written(tiny_gguf):
     file = gguf_file.GGUFFile(tiny_gguf)
     config = model.Config.from_gguf(file)
-    assert config == model.dataclasses.replace(TINY, vocab=len(PIECES), eps=config.eps)
+    assert config == dataclasses.replace(TINY, vocab=len(PIECES), eps=config.eps)
     counts: list[int] = []
     params = model.load(file, config, jnp.dtype("bfloat16"), counts.append)
     assert sum(counts) == model.elements(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -327,33 +329,37 @@ def test_real_tokenizer():
         assert tokenizer.decode(ids[1:]) == text.replace("\u2581", " ")
 
 
-def check_reference(backends: list[str | None]) -> None:
-    """Greedy ids equal, top logits within LOGIT_TOLERANCE, for every prompt; the backends agree on all logits."""
+def check_reference(backends: list[str | None], others: list[str]) -> None:
+    """Greedy ids equal and top logits within LOGIT_TOLERANCE; the backends agree on all logits.
+
+    The first backend runs every prompt, the others those named in `others`.
+    """
     file = real_file()
     config = model.Config.from_gguf(file)
     params = model.load(file, config, jnp.dtype("float32"))
     np.testing.assert_array_equal(params.first_norm[:2], [16.0, 16.875])
-    cases = reference()["prompts"]
-    longest = max(len(case["prompt_ids"]) for case in cases.values())
-    assert longest > config.window
+    prompts = reference()["prompts"]
+    assert len(prompts["longer_than_window"]["prompt_ids"]) > config.window
     first: dict[str, list[np.ndarray]] = {}
     for backend in backends:
+        cases = {name: case for name, case in prompts.items() if backend is backends[0] or name in others}
+        longest = max(len(case["prompt_ids"]) for case in cases.values())
         with jaxnorm.use_backend(backend):
-            generator = Generator(params, config, prompt_tokens=longest, max_tokens=len(cases["plain"]["greedy_ids"]))
-            for name, case in cases.items():
-                steps = list(generator(case["prompt_ids"]))
-                assert [step.token for step in steps] == case["greedy_ids"], (backend, name)
-                rows = [np.asarray(step.logits) for step in steps]
-                for row, top in zip(rows, case["steps"], strict=True):
-                    np.testing.assert_allclose(row[top["ids"]], top["logits"], rtol=0, atol=LOGIT_TOLERANCE)
-                    assert row.max() == row[top["ids"][0]]
-                for row, other in zip(rows, first.setdefault(name, rows), strict=True):
-                    np.testing.assert_allclose(row, other, rtol=0, atol=LOGIT_TOLERANCE)
+            generator = Generator(params, config, prompt_tokens=longest, max_tokens=len(prompts["plain"]["greedy_ids"]))
+        for name, case in cases.items():
+            steps = list(generator(case["prompt_ids"]))
+            assert [step.token for step in steps] == case["greedy_ids"], (backend, name)
+            rows = [np.asarray(step.logits) for step in steps]
+            for row, top in zip(rows, case["steps"], strict=True):
+                np.testing.assert_allclose(row[top["ids"]], top["logits"], rtol=0, atol=LOGIT_TOLERANCE)
+            for row, other in zip(rows, first.setdefault(name, rows), strict=True):
+                np.testing.assert_allclose(row, other, rtol=0, atol=LOGIT_TOLERANCE)
 
 
 @pytest.mark.timeout(600)
-def test_real_weights():
-    check_reference([None, "xla"])
+def test_real_weights(monkeypatch):
+    monkeypatch.setattr(generate, "LARGEST_CHUNK", 128)  # Half the padding, and more chunks.
+    check_reference([None, "xla"], ["plain"])
 
 
 @pytest.mark.gpu
@@ -362,4 +368,4 @@ def test_real_weights_on_gpu():
     usable = [name for name, info in jaxnorm.backends().items() if info.usable]
     required = os.environ.get("JAXNORM_REQUIRE", "").split(",")
     assert all(name in usable for name in ("triton", "hip") if name in required)
-    check_reference([None, *usable])
+    check_reference([None, *usable], list(reference()["prompts"]))

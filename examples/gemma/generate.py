@@ -82,6 +82,7 @@ class Generator:
         check_length(config, prompt_tokens, max_tokens)
         self.config = config
         self.params = params
+        self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.dtype = params.embedding.dtype
         self.chunk = min(LARGEST_CHUNK, round_up(prompt_tokens, CHUNK_MULTIPLE))
@@ -127,30 +128,37 @@ class Generator:
     def __call__(self, prompt_ids: Sequence[int], *, seed: int = 0, stop_id: int | None = None) -> Iterator[Step]:
         """Yields up to `max_tokens` steps; `stop_id` ends the text and is not yielded.
 
+        Raises:
+          ValueError: the prompt is empty, or longer than the generator was compiled for.
+
         The next step is dispatched before a token is read back, so reading and printing cost the device no time.
         """
-        if not prompt_ids or len(prompt_ids) + self.max_tokens > self.slots:
+        if not 0 < len(prompt_ids) <= self.prompt_tokens:
             raise ValueError(
-                f"Generator: got {len(prompt_ids)} prompt tokens, compiled for 1 to {self.slots - self.max_tokens}"
+                f"Generator: prompt_ids: got {len(prompt_ids)} tokens, expected 1 to {self.prompt_tokens}."
             )
         key = jax.random.key(seed)
         cache = model.init_cache(self.config, 1, self.slots, self.dtype)
         count = len(prompt_ids)
         padded = np.zeros((1, round_up(count, self.chunk)), np.int32)
         padded[0, :count] = prompt_ids
-        token = logits = None
-        for start in range(0, count, self.chunk):
+
+        def prefill(start: int, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
             last = min(self.chunk, count - start) - 1
             piece = padded[:, start : start + self.chunk]
-            token, logits, cache = self._prefill(self.params, piece, cache, np.int32(start), np.int32(last), key)
+            return self._prefill(self.params, piece, cache, np.int32(start), np.int32(last), key)
+
+        token, logits, cache = prefill(0, cache)
+        for start in range(self.chunk, count, self.chunk):
+            token, logits, cache = prefill(start, cache)
         for index in range(self.max_tokens):
-            current = token, logits
+            current, current_logits = token, logits
             if index + 1 < self.max_tokens:
                 token, logits, cache = self._decode(self.params, token, cache, np.int32(count + index), key)
-            value = int(current[0][0])
+            value = int(current[0])
             if value == stop_id:
                 return
-            yield Step(value, current[1])
+            yield Step(value, current_logits)
 
 
 @dataclasses.dataclass

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 from .gguf_file import GGUFFile, damaged, missing_extra
 
 try:
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2 as model_pb2
 except ImportError as error:
     raise missing_extra(error.name) from error
+
+
+BPE = 2  # TrainerSpec.ModelType
+UNKNOWN, USER_DEFINED = 2, 4  # ModelProto.SentencePiece.Type
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _field(number: int, value: int | float | str | bytes) -> bytes:
+    """One field of a protocol buffer: varint, float32, or bytes with their length in front.
+
+    Written here because the classes that sentencepiece ships load with one major version of protobuf only. The numbers are
+    those of sentencepiece_model.proto: ModelProto is pieces = 1 (piece = 1, score = 2, type = 3), trainer_spec = 2,
+    normalizer_spec = 3.
+    """
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
 class Tokenizer:
@@ -36,26 +63,20 @@ class Tokenizer:
         add_bos: bool = True,
         add_space_prefix: bool = False,
     ) -> None:
-        proto = model_pb2.ModelProto()
-        Piece = model_pb2.ModelProto.SentencePiece
-        user_defined = Piece.Type.USER_DEFINED
-        for piece, score, kind in zip(pieces, scores, types, strict=True):
+        proto = bytearray()
+        kinds = list(types)
+        kinds[unk_id] = UNKNOWN  # Gemma's file calls it a control piece.
+        for piece, score, kind in zip(pieces, scores, kinds, strict=True):
             # GGUF writes the runs of spaces, which are user-defined pieces, with plain spaces; the others with U+2581.
-            text = piece.replace(" ", "\u2581") if kind == user_defined else piece
-            proto.pieces.append(Piece(piece=text, score=score, type=kind))
-        trainer = proto.trainer_spec
-        trainer.model_type = model_pb2.TrainerSpec.BPE
-        trainer.vocab_size = len(pieces)
-        trainer.byte_fallback = True
-        trainer.bos_id, trainer.eos_id, trainer.unk_id, trainer.pad_id = bos_id, eos_id, unk_id, pad_id
-        for name, index in (("bos", bos_id), ("eos", eos_id), ("unk", unk_id), ("pad", pad_id)):
-            setattr(trainer, f"{name}_piece", pieces[index])
-        normalizer = proto.normalizer_spec
-        normalizer.name = "identity"
-        normalizer.add_dummy_prefix = add_space_prefix
-        normalizer.remove_extra_whitespaces = False
-        normalizer.escape_whitespaces = True
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+            text = piece.replace(" ", "\u2581") if kind == USER_DEFINED else piece
+            proto += _field(1, _field(1, text) + _field(2, float(score)) + _field(3, int(kind)))
+        trainer = _field(3, BPE) + _field(4, len(pieces)) + _field(35, True)  # model_type, vocab_size, byte_fallback
+        for number, index in enumerate((unk_id, bos_id, eos_id, pad_id)):
+            trainer += _field(40 + number, index) + _field(45 + number, pieces[index])  # unk_id and unk_piece, ...
+        # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+        normalizer = _field(1, "identity") + _field(3, add_space_prefix) + _field(4, False) + _field(5, True)
+        proto += _field(2, trainer) + _field(3, normalizer)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=bytes(proto))
         self._prefix = [bos_id] if add_bos else []
         self.eos_id = eos_id
 
