@@ -63,9 +63,16 @@ class Case:
         m, n = self.rows, self.features
         saved = self.residual or self.x
         split = self.x if self.residual and self.residual != self.x else None
-        buffers = [("n", (m, n), saved), ("weight", (n,), self.weight), ("rstd", (m,), F32),
-                   ("dy", (m, self.padded), self.y_type), ("dresidual_out", (m, n), self.residual), ("dx", (m, n), self.x),
-                   ("dresidual", (m, n), self.residual if split else None), ("dweight", (n,), F32 if self.weight else None)]  # fmt: skip
+        buffers = [
+            ("n", (m, n), saved),
+            ("weight", (n,), self.weight),
+            ("rstd", (m,), F32),
+            ("dy", (m, self.padded), self.y_type),
+            ("dresidual_out", (m, n), self.residual),
+            ("dx", (m, n), self.x),
+            ("dresidual", (m, n), self.residual if split else None),
+            ("dweight", (n,), F32 if self.weight else None),
+        ]
         return problem("rmsnorm_bwd", self, buffers, {"weight_offset": self.settings()["weight_offset"]})
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:

@@ -1,15 +1,18 @@
-// RMSNorm, with or without a residual, and its gradient. All sizes, types and options are macros (kernels/configs/rmsnorm_hip.py
-// sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices are dense, row-major.
+// RMSNorm, with or without a residual, and its gradient. All sizes, types and options are macros
+// (kernels/configs/rmsnorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices
+// are dense, row-major.
 #include "jaxnorm/rows.h"
 #include "jaxnorm/rows_bwd.h"
 
 #if defined(JN_ENTRY_rmsnorm_fwd)
 // y = cast(n * rsqrt(mean(n^2) + eps) * (weight + offset)), n = x or x + residual
 //   x [rows, N]; residual [rows, N] or null; weight [N] or null
-//   y [rows, P], columns from N on are zero; residual_out [rows, N] (may be residual's buffer) or null; rstd [rows] or null
+//   y [rows, P], columns from N on are zero; residual_out [rows, N] (may be residual's buffer) or null; rstd [rows] or
+//   null
 // A group of JN_LANES threads owns JN_UNROLL rows.
 JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
-rmsnorm_fwd(const char* x, const char* residual, const char* weight, unsigned long long rows, char* y, char* residual_out, float* rstd) {
+    rmsnorm_fwd(const char* x, const char* residual, const char* weight, unsigned long long rows, char* y,
+                char* residual_out, float* rstd) {
   using namespace jaxnorm;
   using Shape = RowShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_UNROLL, JN_REGS, JN_SHARED>;
   using Epilogue = WeightedStore<Shape, JN_X, JN_WEIGHT, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
@@ -18,7 +21,8 @@ rmsnorm_fwd(const char* x, const char* residual, const char* weight, unsigned lo
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
-  forward_rows<Shape>(source, RmsNorm<JN_N>{JN_EPS}, Epilogue{weight, y, JN_OFFSET}, JN_HAS_RSTD ? rstd : nullptr, rows);
+  forward_rows<Shape>(source, RmsNorm<JN_N>{JN_EPS}, Epilogue{weight, y, JN_OFFSET}, JN_HAS_RSTD ? rstd : nullptr,
+                      rows);
 }
 #endif
 
@@ -27,8 +31,9 @@ rmsnorm_fwd(const char* x, const char* residual, const char* weight, unsigned lo
 //   n, dresidual_out [rows, N]; weight [N]; rstd [rows]; dy [rows, P]; dot [rows] if the row is cut into tiles (grid y)
 //   dx = cast(ds), dresidual = cast(ds) [rows, N]; partials [programs, N]: each block's sum of dy * xh over its rows
 JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
-rmsnorm_bwd(const char* n, const char* weight, const float* rstd, const char* dy, const char* dresidual_out, const float* dot,
-            unsigned long long rows, unsigned programs, char* dx, char* dresidual, float* partials) {
+    rmsnorm_bwd(const char* n, const char* weight, const float* rstd, const char* dy, const char* dresidual_out,
+                const float* dot, unsigned long long rows, unsigned programs, char* dx, char* dresidual,
+                float* partials) {
   using namespace jaxnorm;
   using Shape = BackwardShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_TILE, JN_TILED>;
 #if JN_PIPE_SHARED
@@ -37,15 +42,15 @@ rmsnorm_bwd(const char* n, const char* weight, const float* rstd, const char* dy
   using Pipe = RegisterPipe<Shape, JN_X, JN_DY, JN_DRES_OUT, JN_DEPTH>;
 #endif
   const BackwardPointers p{n, weight, dy, dresidual_out, rstd, dot, dx, dresidual, partials};
-  backward_rms_rows<Shape, Pipe, JN_X, JN_WEIGHT, JN_DY, JN_DRES_OUT, JN_DX, JN_DRES, JN_HAS_OFFSET, JN_HAS_DWEIGHT, JN_HOLD_WEIGHT>(
-      p, JN_OFFSET, rows, programs, JN_P);
+  backward_rms_rows<Shape, Pipe, JN_X, JN_WEIGHT, JN_DY, JN_DRES_OUT, JN_DX, JN_DRES, JN_HAS_OFFSET, JN_HAS_DWEIGHT,
+                    JN_HOLD_WEIGHT>(p, JN_OFFSET, rows, programs, JN_P);
 }
 #endif
 
 #if defined(JN_ENTRY_rmsnorm_bwd_dot)
 // dot[row] = sum(dy * (weight + offset) * n): what rmsnorm_bwd needs of a row that is too long for one block
 JN_ENTRY JN_BOUNDS(JN_LANES, JN_MIN_BLOCKS)
-rmsnorm_bwd_dot(const char* n, const char* weight, const char* dy, unsigned long long rows, float* dot) {
+    rmsnorm_bwd_dot(const char* n, const char* weight, const char* dy, unsigned long long rows, float* dot) {
   using namespace jaxnorm;
   using Shape = BackwardShape<JN_N, JN_V, JN_LANES, 1, JN_N / JN_V, false>;
   const BackwardPointers p{n, weight, dy};
@@ -56,7 +61,7 @@ rmsnorm_bwd_dot(const char* n, const char* weight, const char* dy, unsigned long
 #if defined(JN_ENTRY_rmsnorm_bwd_reduce)
 // dweight[n] = sum over p of partials[p][n], p in a fixed order
 JN_ENTRY JN_BOUNDS(JN_COLUMNS* JN_SLICES, 1)
-rmsnorm_bwd_reduce(const float* partials, unsigned programs, float* dweight) {
+    rmsnorm_bwd_reduce(const float* partials, unsigned programs, float* dweight) {
   jaxnorm::add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, programs, dweight);
 }
 #endif

@@ -309,9 +309,9 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
 ROW_INPUTS = ("n", "dy", "dresidual_out")
 
 
-def _slot_bytes(problem: Problem, v: int, per: int, threads: int) -> int:
+def _slot_bytes(problem: Problem, v: int, per: int, threads: int, tiled: bool) -> int:
     """SharedPipe::slot_bytes: one row of a block on its way."""
-    return per * v * sum(_itemsize(problem, n) for n in ROW_INPUTS) * threads + 4 * threads
+    return per * v * sum(_itemsize(problem, n) for n in ROW_INPUTS) * threads + (8 if tiled else 4) * threads
 
 
 def _backward(problem: Problem) -> Backward:
@@ -347,7 +347,7 @@ def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int, mos
         need = 32 + columns + row_words
         blocks = max((b for b in range(1, 1024 // threads + 1) if _registers(threads, b) >= need), default=1)
         blocks = min(blocks, most)
-        slot = _slot_bytes(problem, v, per, threads)
+        slot = _slot_bytes(problem, v, per, threads, bool(c.tile))
         fixed = (0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)) + 1024
         while blocks > 1 and (shared_memory(problem.target) // blocks - fixed) // slot < 3:
             blocks -= 1
@@ -413,7 +413,7 @@ def _backward_launches(problem: Problem, c: Backward) -> tuple[Launch, ...]:
     width, offset = _width(problem, "dy"), float(problem.option("weight_offset"))
     per = _ceil(c.tile or chunks, c.lanes)
     sums = 0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)
-    pipe = (c.depth + 1) * _slot_bytes(problem, v, per, threads) if c.shared_pipe else 0
+    pipe = (c.depth + 1) * _slot_bytes(problem, v, per, threads, bool(c.tile)) if c.shared_pipe else 0
     groups = c.groups // 2 * c.lanes * per * v * 4  # add_groups; takes over the memory of the pipe
     shared: Constants = (
         ("JN_N", problem.features),

@@ -1,9 +1,9 @@
 // Runs unmodified kernel bodies on the CPU, one fiber per thread of a block. For tests only.
 //
-// A fiber runs until it meets a barrier or a shuffle and then yields. This proves indexing, tails, reductions, arithmetic, and that
-// all threads reach each barrier (it aborts otherwise); not memory order, hardware conversions or speed. To show more than one
-// lucky order: fibers run forwards, backwards or shuffled; shared memory is filled with NaN before every block; an asynchronous
-// copy happens as late as the kernel allows, when it is waited for.
+// A fiber runs until it meets a barrier or a shuffle and then yields. This proves indexing, tails, reductions,
+// arithmetic, and that all threads reach each barrier (it aborts otherwise); not memory order, hardware conversions or
+// speed. To show more than one lucky order: fibers run forwards, backwards or shuffled; shared memory is filled with
+// NaN before every block; an asynchronous copy happens as late as the kernel allows, when it is waited for.
 #pragma once
 #include <ucontext.h>
 
@@ -19,19 +19,25 @@
 
 namespace simt {
 
-struct Dim3 { unsigned x = 1, y = 1; };
+struct Dim3 {
+  unsigned x = 1, y = 1;
+};
 enum class Order { kForward, kReverse, kShuffled };
 enum class Wait { kNone, kBarrier, kShuffle };
 
-struct Copy { unsigned char* to; const char* from; int bytes; };
+struct Copy {
+  unsigned char* to;
+  const char* from;
+  int bytes;
+};
 struct Fiber {
   static constexpr size_t kStack = 1 << 17;
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool done = false;
   Wait wait = Wait::kNone;
-  std::vector<Copy> open;                  // copies not yet committed
-  std::vector<std::vector<Copy>> groups;   // committed, oldest first
+  std::vector<Copy> open;                 // copies not yet committed
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -69,7 +75,9 @@ inline float shuffle_xor(float v, int mask) {
   return r;
 }
 
-inline void async_copy(unsigned char* to, const char* from, int bytes) { fibers[current]->open.push_back({to, from, bytes}); }
+inline void async_copy(unsigned char* to, const char* from, int bytes) {
+  fibers[current]->open.push_back({to, from, bytes});
+}
 inline void async_commit() {
   Fiber& f = *fibers[current];
   f.groups.push_back(std::move(f.open));
@@ -127,7 +135,8 @@ inline void run_block(int threads, const std::vector<int>& order) {
   }
 }
 
-// kernel() is called once per thread of every block. Shared memory is `bytes` long: an access beyond is one beyond the heap block.
+// kernel() is called once per thread of every block. Shared memory is `bytes` long: an access beyond is one beyond the
+// heap block.
 inline void launch(Dim3 grid, int threads, size_t bytes, Order how, std::function<void()> kernel) {
   if (threads % wave) fail("a block of partial waves");
   while (int(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());

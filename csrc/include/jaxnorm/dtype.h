@@ -1,14 +1,22 @@
-// Element types of buffers, as bits: no compiler's own bf16 or half type is needed. Arithmetic is float32; widening is exact,
-// narrowing is one rounding to nearest even that keeps NaN.
+// Element types of buffers, as bits: no compiler's own bf16 or half type is needed. Arithmetic is float32; widening is
+// exact, narrowing is one rounding to nearest even that keeps NaN.
 #pragma once
 #include "jaxnorm/gpu.h"
 
 namespace jaxnorm {
 
-struct None { static constexpr int size = 0; };  // an absent buffer
-struct F32 { static constexpr int size = 4; };
-struct BF16 { static constexpr int size = 2; };
-struct F16 { static constexpr int size = 2; };
+struct None {
+  static constexpr int size = 0;
+};  // an absent buffer
+struct F32 {
+  static constexpr int size = 4;
+};
+struct BF16 {
+  static constexpr int size = 2;
+};
+struct F16 {
+  static constexpr int size = 2;
+};
 
 JN_DEV u32 bf16_bits(float f) {
   const u32 u = f32_bits(f);
@@ -40,7 +48,8 @@ inline u32 half_bits(float f) {
   const u32 u = f32_bits(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return sign | 0x7e00u;
   if (a >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 65536 or is larger
-  if (a < 0x38800000u) return sign | (f32_bits(bits_f32(a) + 0.5f) - 0x3f000000u);  // subnormal: 0.5 has the same quantum
+  if (a < 0x38800000u)
+    return sign | (f32_bits(bits_f32(a) + 0.5f) - 0x3f000000u);  // subnormal: 0.5 has the same quantum
   return sign | ((a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13);
 }
 inline float half_value(u32 h) {
@@ -78,8 +87,9 @@ JN_DEV void unpack2(F16, u32 w, float& lo, float& hi) {
 #endif
 }
 
-// The same for bits that were unpacked before. A compiler would keep the earlier results in registers, twice as many as the bits
-// take. ptxas does not recognise byte permutations as the same thing; clang must not know where the bits come from.
+// The same for bits that were unpacked before. A compiler would keep the earlier results in registers, twice as many as
+// the bits take. ptxas does not recognise byte permutations as the same thing; clang must not know where the bits come
+// from.
 template <class T> JN_DEV void unpack2_again(T, u32 w, float& lo, float& hi) {
 #if defined(JN_AMD)
   asm("" : "+v"(w));

@@ -1,6 +1,6 @@
-// The one place where AMD, NVIDIA and the CPU shim of the tests differ. Needs no header of any toolkit: built-ins only, so the
-// same text goes through NVRTC, hipRTC, nvcc, hipcc or a bare clang, and g++ with tests/simt.
-// The compiling side defines JN_WAVE, the lanes of a wave of the target.
+// The one place where AMD, NVIDIA and the CPU shim of the tests differ. Needs no header of any toolkit: built-ins only,
+// so the same text goes through NVRTC, hipRTC, nvcc, hipcc or a bare clang, and g++ with tests/simt. The compiling side
+// defines JN_WAVE, the lanes of a wave of the target.
 #pragma once
 
 typedef unsigned char u8;
@@ -23,7 +23,8 @@ static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "integer
 #else
 #define JN_AMD 1
 #define JN_ENTRY extern "C" __attribute__((global)) void
-// The second number is the least waves per SIMD that the plan counts on: blocks * waves of a block over 4 SIMDs (2 on gfx11).
+// The second number is the least waves per SIMD that the plan counts on: blocks * waves of a block over 4 SIMDs (2 on
+// gfx11).
 #define JN_BOUNDS(threads, blocks)                               \
   __attribute__((amdgpu_flat_work_group_size(threads, threads))) \
   __attribute__((amdgpu_waves_per_eu(jaxnorm::waves_per_simd(threads, blocks))))
@@ -52,7 +53,9 @@ JN_CONST int next_power_of_2(int n) {
   return p;
 }
 JN_CONST int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
-JN_CONST int waves_per_simd(int threads, int blocks) { return max_of(1, blocks * threads / kWave / (kWave == 64 ? 4 : 2)); }
+JN_CONST int waves_per_simd(int threads, int blocks) {
+  return max_of(1, blocks * threads / kWave / (kWave == 64 ? 4 : 2));
+}
 
 JN_DEV float bits_f32(u32 u) { return __builtin_bit_cast(float, u); }
 JN_DEV u32 f32_bits(float f) { return __builtin_bit_cast(u32, f); }
@@ -96,7 +99,8 @@ JN_DEV u32 thread_id() { return __builtin_amdgcn_workitem_id_x(); }
 JN_DEV u32 block_x() { return __builtin_amdgcn_workgroup_id_x(); }
 JN_DEV u32 block_y() { return __builtin_amdgcn_workgroup_id_y(); }
 JN_DEV void barrier() {
-// Only LDS is exchanged between the threads of a block: without the address space, gfx11 would also wait for global accesses in flight.
+// Only LDS is exchanged between the threads of a block: without the address space, gfx11 would also wait for global
+// accesses in flight.
 #if __clang_major__ >= 20
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup", "local");
   __builtin_amdgcn_s_barrier();

@@ -1,16 +1,18 @@
 // The sum over a row, in one order whatever the launch looks like.
 //
-// A row is cut into chunks of V elements; chunk c sits in lane c % wave of virtual wave c / wave. The sum is: inside a chunk
-// element by element (the caller), then over the lanes of each virtual wave by halving (lane l takes lane l + wave/2, ...), then over
-// the virtual waves by halving, zeros filling up to a power of two. This depends on N, V and the wave only: not on how many
-// threads share a row, how many chunks one of them holds, nor where it keeps them. So a plan may choose those by M.
+// A row is cut into chunks of V elements; chunk c sits in lane c % wave of virtual wave c / wave. The sum is: inside a
+// chunk element by element (the caller), then over the lanes of each virtual wave by halving (lane l takes lane l +
+// wave/2, ...), then over the virtual waves by halving, zeros filling up to a power of two. This depends on N, V and
+// the wave only: not on how many threads share a row, how many chunks one of them holds, nor where it keeps them. So a
+// plan may choose those by M.
 #pragma once
 #include "jaxnorm/gpu.h"
 
 namespace jaxnorm {
 
-// Sums each of B values over the lanes of a wave with about B + log2(wave) shuffles instead of B * log2(wave): at each distance
-// a lane keeps one of two values and gives the other away. Afterwards a lane holds the sum of value packed_index<B>(lane).
+// Sums each of B values over the lanes of a wave with about B + log2(wave) shuffles instead of B * log2(wave): at each
+// distance a lane keeps one of two values and gives the other away. Afterwards a lane holds the sum of value
+// packed_index<B>(lane).
 template <int D, int B> JN_DEV float packed_sum(float (&v)[B], u32 lane) {
   if constexpr (D == 0) {
     static_assert(B == 1, "more values than lanes");
@@ -38,16 +40,20 @@ template <int B> JN_DEV int packed_index(u32 lane) {
 }
 
 template <int D> JN_DEV float lanes_sum(float v) {
-  if constexpr (D > 0) return lanes_sum<D / 2>(v + shfl_xor<D>(v));
-  else return v;
+  if constexpr (D > 0)
+    return lanes_sum<D / 2>(v + shfl_xor<D>(v));
+  else
+    return v;
 }
 // The same from distance LOW up to HIGH, the largest first: sums over the bits that packed_sum used for the index.
 template <int D, int STOP> JN_DEV float index_bits_sum(float v) {
-  if constexpr (D < STOP) return index_bits_sum<D * 2, STOP>(v + shfl_xor<D>(v));
-  else return v;
+  if constexpr (D < STOP)
+    return index_bits_sum<D * 2, STOP>(v + shfl_xor<D>(v));
+  else
+    return v;
 }
-// v[i] + v[i + COUNT / 2], then halves of halves; COUNT is a power of two. Recursion, because a loop over halves is not unrolled
-// by every compiler, and an array that is indexed at run time goes to memory.
+// v[i] + v[i + COUNT / 2], then halves of halves; COUNT is a power of two. Recursion, because a loop over halves is not
+// unrolled by every compiler, and an array that is indexed at run time goes to memory.
 template <int COUNT> JN_DEV float halving_sum(const float (&v)[COUNT]) {
   if constexpr (COUNT == 1) {
     return v[0];
@@ -63,7 +69,8 @@ template <int COUNT> JN_DEV float halving_sum(const float (&v)[COUNT]) {
 template <int CHUNKS, int LANES> struct RowSum {
   static constexpr int per = ceil_div(CHUNKS, LANES), waves = LANES / kWave, virtual_waves = ceil_div(CHUNKS, kWave);
   static constexpr bool in_wave = LANES <= kWave;
-  static_assert(LANES >= kWave || (next_power_of_2(CHUNKS) <= kWave && next_power_of_2(LANES) == LANES), "lanes of a short row");
+  static_assert(LANES >= kWave || (next_power_of_2(CHUNKS) <= kWave && next_power_of_2(LANES) == LANES),
+                "lanes of a short row");
   // Bytes of shared memory for one sum; a caller that sums repeatedly alternates between two, one barrier each.
   static constexpr int bytes = in_wave ? 0 : ceil_div(per * waves, 4) * 16;
 
@@ -95,7 +102,8 @@ template <int CHUNKS, int LANES> struct RowSum {
   static JN_DEV float get(const float* sums, u32 thread) {
     constexpr int slots = next_power_of_2(virtual_waves);
     barrier();
-    if constexpr (slots <= 16) {  // 4 reads of 16 bytes and 15 additions take less time than a read and log2(16) shuffles
+    if constexpr (slots <=
+                  16) {  // 4 reads of 16 bytes and 15 additions take less time than a read and log2(16) shuffles
       float v[slots];
 #pragma unroll
       for (int i = 0; i < slots; ++i) v[i] = i < virtual_waves ? sums[i] : 0.f;

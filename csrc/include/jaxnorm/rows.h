@@ -1,8 +1,9 @@
-// Row-wise forward kernels, from three parts: a source of rows (x, or x + residual), a norm (statistics and the map they define)
-// and an epilogue (what is written per chunk).
+// Row-wise forward kernels, from three parts: a source of rows (x, or x + residual), a norm (statistics and the map
+// they define) and an epilogue (what is written per chunk).
 //
-// A row belongs to LANES threads: less than a wave, a wave, or several waves (then one row per block). It is read once and kept
-// where there is room: the first REGS chunks of a thread in registers, the next SHARED in shared memory, the rest is read again.
+// A row belongs to LANES threads: less than a wave, a wave, or several waves (then one row per block). It is read once
+// and kept where there is room: the first REGS chunks of a thread in registers, the next SHARED in shared memory, the
+// rest is read again.
 #pragma once
 #include "jaxnorm/reduce.h"
 #include "jaxnorm/vec.h"
@@ -10,30 +11,38 @@
 namespace jaxnorm {
 
 template <int N_, int V_, int LANES_, int GROUPS_, int UNROLL_, int REGS_, int SHARED_> struct RowShape {
-  static constexpr int N = N_, V = V_, LANES = LANES_, GROUPS = GROUPS_, UNROLL = UNROLL_, REGS = REGS_, SHARED = SHARED_;
+  static constexpr int N = N_, V = V_, LANES = LANES_, GROUPS = GROUPS_, UNROLL = UNROLL_, REGS = REGS_,
+                       SHARED = SHARED_;
   static constexpr int THREADS = LANES * GROUPS, CHUNKS = N / V;
   using Sum = RowSum<CHUNKS, LANES>;
   static constexpr int PER = Sum::per, REST = PER - REGS - SHARED;
   static_assert(N % V == 0 && REST >= 0 && REGS >= 1, "chunks");
-  static_assert(Sum::in_wave ? REGS == PER : GROUPS == 1 && UNROLL == 1, "rows of one wave stay in registers, longer ones fill a block");
+  static_assert(Sum::in_wave ? REGS == PER : GROUPS == 1 && UNROLL == 1,
+                "rows of one wave stay in registers, longer ones fill a block");
 
   // Does slot k of this lane hold a chunk? Folds to true for all but the last slot.
   static JN_DEV bool has(int k, u32 lane) { return (k + 1) * LANES <= CHUNKS || k * LANES + lane < u32(CHUNKS); }
-  // Columns from a lane's chunk in slot 0 to the one in slot k: a constant once k is unrolled, so it ends up in the instruction.
+  // Columns from a lane's chunk in slot 0 to the one in slot k: a constant once k is unrolled, so it ends up in the
+  // instruction.
   static constexpr int STEP = LANES * V;
 };
 
-// ---- sources ------------------------------------------------------------------------------------------------------------
-// Raw: a chunk as loaded. Kept: what a register slot holds until the second use.
+// ---- sources
+// ------------------------------------------------------------------------------------------------------------ Raw: a
+// chunk as loaded. Kept: what a register slot holds until the second use.
 
 template <class X, int V> struct PlainSource {
-  struct Raw { Chunk<X, V> x; };
+  struct Raw {
+    Chunk<X, V> x;
+  };
   using Kept = Raw;
   using XType = X;
   const char* x;
   int n;
 
-  JN_DEV Raw fetch(u64 start, int offset) const { return Raw{load_chunk<X, V, true>(x + start * X::size + offset * X::size)}; }
+  JN_DEV Raw fetch(u64 start, int offset) const {
+    return Raw{load_chunk<X, V, true>(x + start * X::size + offset * X::size)};
+  }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const { widen<X, V>(raw.x, f); }
   JN_DEV void kept_values(const Kept& kept, float (&f)[V]) const { widen<X, V, true>(kept.x, f); }
   JN_DEV Kept keep(const Raw& raw, const float (&)[V]) const { return raw; }
@@ -49,16 +58,28 @@ template <class X, int V> struct PlainSource {
   };
 };
 
-// s = x + residual, written as residual_out. ROUND: the norm sees the rounded s. residual_out may be the buffer of residual:
-// a thread has read a chunk before it writes it, and chunks that are read twice are written at the second reading.
+// s = x + residual, written as residual_out. ROUND: the norm sees the rounded s. residual_out may be the buffer of
+// residual: a thread has read a chunk before it writes it, and chunks that are read twice are written at the second
+// reading.
 template <class X, class R, int V, bool ROUND> struct AddSource {
-  struct Raw { Chunk<X, V> x; Chunk<R, V> r; };
-  struct Exact { float f[V]; };
+  struct Raw {
+    Chunk<X, V> x;
+    Chunk<R, V> r;
+  };
+  struct Exact {
+    float f[V];
+  };
   // float32 s is its own rounding; else keep the rounded bits only where nothing more is needed
   static constexpr bool narrow_kept = ROUND || R::size == 4;
-  struct Rounded { Chunk<R, V> s; };
-  template <bool B, class A, class C> struct Select { using Type = A; };
-  template <class A, class C> struct Select<false, A, C> { using Type = C; };
+  struct Rounded {
+    Chunk<R, V> s;
+  };
+  template <bool B, class A, class C> struct Select {
+    using Type = A;
+  };
+  template <class A, class C> struct Select<false, A, C> {
+    using Type = C;
+  };
   using Kept = typename Select<narrow_kept, Rounded, Exact>::Type;
   using XType = X;
   const char* x;
@@ -111,7 +132,8 @@ template <class X, class R, int V, bool ROUND> struct AddSource {
   };
 };
 
-// ---- one row on chip ----------------------------------------------------------------------------------------------------
+// ---- one row on chip
+// ----------------------------------------------------------------------------------------------------
 
 template <class S, class Source> struct Row {
   using Raw = typename Source::Raw;
@@ -134,8 +156,10 @@ template <class S, class Source> struct Row {
   JN_DEV void issue() {
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
-      if (has(k)) raw[k] = source.fetch(start, k * S::STEP);
-      else raw[k] = Raw{};
+      if (has(k))
+        raw[k] = source.fetch(start, k * S::STEP);
+      else
+        raw[k] = Raw{};
     }
     if constexpr (S::SHARED > 0) {
 #pragma unroll
@@ -232,8 +256,10 @@ template <class S, class Source> struct Row {
     Raw again[B];
 #pragma unroll
     for (int j = 0; j < B; ++j) {
-      if (has(first + j)) again[j] = source.fetch(start, (first + j) * S::STEP);
-      else again[j] = Raw{};
+      if (has(first + j))
+        again[j] = source.fetch(start, (first + j) * S::STEP);
+      else
+        again[j] = Raw{};
     }
     float part[B];
 #pragma unroll
@@ -246,12 +272,15 @@ template <class S, class Source> struct Row {
   }
 };
 
-// ---- norms --------------------------------------------------------------------------------------------------------------
+// ---- norms
+// --------------------------------------------------------------------------------------------------------------
 
 // n * rsqrt(mean(n * n) + eps)
 template <int N> struct RmsNorm {
   float eps;
-  struct State { float rstd; };
+  struct State {
+    float rstd;
+  };
   template <class R> JN_DEV State statistics(R& row, float* sums) const {
     const float sum = row.first_sum([](float n, float acc) { return fused_multiply_add(n, n, acc); }, sums);
     return State{reciprocal_sqrt(fused_multiply_add(sum, 1.f / float(N), eps))};
@@ -259,10 +288,12 @@ template <int N> struct RmsNorm {
   static JN_DEV float apply(const State& s, float n) { return n * s.rstd; }
 };
 
-// ---- epilogues ----------------------------------------------------------------------------------------------------------
+// ---- epilogues
+// ----------------------------------------------------------------------------------------------------------
 
 // y = cast(normalised * (weight + offset)), columns N .. P - 1 zero. BEFORE: round to X's type before the weight.
-// EARLY: fetch the weights of the register slots together with the row, for a block that has nothing else to hide their latency.
+// EARLY: fetch the weights of the register slots together with the row, for a block that has nothing else to hide their
+// latency.
 template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY> struct WeightedStore {
   static constexpr int V = S::V;
   const char* weight;
@@ -274,8 +305,10 @@ template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, b
     if constexpr (EARLY && W::size > 0) {
 #pragma unroll
       for (int k = 0; k < S::REGS; ++k) {
-        if (S::has(k, lane)) early[k] = load_weight(k, lane);
-        else early[k] = Chunk<W, V>{};
+        if (S::has(k, lane))
+          early[k] = load_weight(k, lane);
+        else
+          early[k] = Chunk<W, V>{};
       }
     }
   }
@@ -286,8 +319,10 @@ template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, b
     if constexpr (BEFORE) widen<X, V>(narrow<X, V>(f), f);
     if constexpr (W::size > 0) {
       float w[V];
-      if (EARLY && k < S::REGS) widen<W, V>(early[k < S::REGS ? k : 0], w);
-      else widen<W, V>(load_weight(k, lane), w);
+      if (EARLY && k < S::REGS)
+        widen<W, V>(early[k < S::REGS ? k : 0], w);
+      else
+        widen<W, V>(load_weight(k, lane), w);
 #pragma unroll
       for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
     }
@@ -302,7 +337,8 @@ template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, b
   }
 };
 
-// ---- the kernel ---------------------------------------------------------------------------------------------------------
+// ---- the kernel
+// ---------------------------------------------------------------------------------------------------------
 
 template <class S, class R, class Norm, class Epilogue>
 JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float* rstd, float* sums) {
@@ -319,7 +355,8 @@ JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float
 
 template <class S, class Source, class Norm, class Epilogue>
 JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilogue, float* rstd, u64 rows) {
-  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread, group = S::GROUPS > 1 ? thread / S::LANES : 0;
+  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
+            group = S::GROUPS > 1 ? thread / S::LANES : 0;
   float* sums = (float*)shared_memory();
   unsigned char* stash = shared_memory() + S::Sum::bytes;
   const u64 first = linear_block() * (S::GROUPS * S::UNROLL) + group;

@@ -1,16 +1,17 @@
 // Row-wise backward kernels: one pass over the rows that writes dx and adds up the weight gradient.
 //
-// A persistent grid: block b of P takes rows b, b + P, ... (times GROUPS), always the same ones, so the sums are the same every
-// time. A thread owns the same columns in all its rows and adds their weight gradient in registers; a block leaves one row of
-// partial sums in float32, and a second launch adds the P rows up. While a row is worked on, the loads of the next DEPTH rows run.
+// A persistent grid: block b of P takes rows b, b + P, ... (times GROUPS), always the same ones, so the sums are the
+// same every time. A thread owns the same columns in all its rows and adds their weight gradient in registers; a block
+// leaves one row of partial sums in float32, and a second launch adds the P rows up. While a row is worked on, the
+// loads of the next DEPTH rows run.
 #pragma once
 #include "jaxnorm/reduce.h"
 #include "jaxnorm/vec.h"
 
 namespace jaxnorm {
 
-// TILES > 1: a row is too long for one block; block (b, tile) has columns of its tile only and reads the row's dot product, which
-// another launch has computed.
+// TILES > 1: a row is too long for one block; block (b, tile) has columns of its tile only and reads the row's dot
+// product, which another launch has computed.
 template <int N_, int V_, int LANES_, int GROUPS_, int TILE_CHUNKS, bool TILED_> struct BackwardShape {
   static constexpr int N = N_, V = V_, LANES = LANES_, GROUPS = GROUPS_, THREADS = LANES * GROUPS;
   static constexpr bool TILED = TILED_;
@@ -21,8 +22,10 @@ template <int N_, int V_, int LANES_, int GROUPS_, int TILE_CHUNKS, bool TILED_>
   static_assert(Sum::in_wave || GROUPS == 1, "rows of several waves fill a block");
 
   static JN_DEV bool has(int k, u32 lane, u32 first_chunk) {
-    if constexpr (TILED) return k * LANES + lane < u32(TILE) && first_chunk + k * LANES + lane < u32(CHUNKS);
-    else return (k + 1) * LANES <= CHUNKS || k * LANES + lane < u32(CHUNKS);
+    if constexpr (TILED)
+      return k * LANES + lane < u32(TILE) && first_chunk + k * LANES + lane < u32(CHUNKS);
+    else
+      return (k + 1) * LANES <= CHUNKS || k * LANES + lane < u32(CHUNKS);
   }
   static constexpr int STEP = LANES * V;
 };
@@ -34,15 +37,22 @@ template <class S, class X, class G, class R> struct RowInputs {
   const char* g;  // row stride `g_stride`
   const char* r;  // cotangent of residual_out, or absent
   const float* rstd;
+  const float* dot;  // read for tiles only
   int g_stride;
   u32 lane, thread;
   u32 first_chunk;
 
   JN_DEV u32 first_column() const { return (first_chunk + lane) * V; }  // the chunk of slot k is k * STEP further
   JN_DEV bool has(int k) const { return S::has(k, lane, first_chunk); }
-  JN_DEV const char* x_at(u64 row, int k) const { return x + (row * S::N + first_column()) * X::size + k * S::STEP * X::size; }
-  JN_DEV const char* g_at(u64 row, int k) const { return g + (row * g_stride + first_column()) * G::size + k * S::STEP * G::size; }
-  JN_DEV const char* r_at(u64 row, int k) const { return r + (row * S::N + first_column()) * R::size + k * S::STEP * R::size; }
+  JN_DEV const char* x_at(u64 row, int k) const {
+    return x + (row * S::N + first_column()) * X::size + k * S::STEP * X::size;
+  }
+  JN_DEV const char* g_at(u64 row, int k) const {
+    return g + (row * g_stride + first_column()) * G::size + k * S::STEP * G::size;
+  }
+  JN_DEV const char* r_at(u64 row, int k) const {
+    return r + (row * S::N + first_column()) * R::size + k * S::STEP * R::size;
+  }
 };
 
 // Rows ahead wait in shared memory, copied there without passing through registers.
@@ -52,7 +62,8 @@ template <class S, class X, class G, class R, int DEPTH_> struct SharedPipe {
   using SG = Stash<G, V, T>;
   using SR = Stash<R, V, T>;
   static constexpr int chunk_bytes = SX::footprint + SG::footprint + SR::footprint;
-  static constexpr int slot_bytes = S::PER * chunk_bytes + 4 * T;
+  static constexpr int scalars = S::PER * chunk_bytes;
+  static constexpr int slot_bytes = scalars + (S::TILED ? 8 : 4) * T;
   static constexpr int bytes = SLOTS * slot_bytes;
   const RowInputs<S, X, G, R>& in;
   unsigned char* memory;
@@ -73,7 +84,8 @@ template <class S, class X, class G, class R, int DEPTH_> struct SharedPipe {
         SG::fetch(at + SX::footprint, in.thread, in.g_at(row, k));
         if constexpr (R::size > 0) SR::fetch(at + SX::footprint + SG::footprint, in.thread, in.r_at(row, k));
       }
-      async_copy<4>(slot + S::PER * chunk_bytes + 4 * in.thread, (const char*)(in.rstd + row));
+      async_copy<4>(slot + scalars + 4 * in.thread, (const char*)(in.rstd + row));
+      if constexpr (S::TILED) async_copy<4>(slot + scalars + 4 * (T + in.thread), (const char*)(in.dot + row));
     }
     async_commit();
   }
@@ -85,8 +97,11 @@ template <class S, class X, class G, class R, int DEPTH_> struct SharedPipe {
   }
   JN_DEV Chunk<X, V> x(int k) const { return SX::read(current + k * chunk_bytes, in.thread); }
   JN_DEV Chunk<G, V> g(int k) const { return SG::read(current + k * chunk_bytes + SX::footprint, in.thread); }
-  JN_DEV Chunk<R, V> r(int k) const { return SR::read(current + k * chunk_bytes + SX::footprint + SG::footprint, in.thread); }
-  JN_DEV float rstd() const { return *(const float*)(current + S::PER * chunk_bytes + 4 * in.thread); }
+  JN_DEV Chunk<R, V> r(int k) const {
+    return SR::read(current + k * chunk_bytes + SX::footprint + SG::footprint, in.thread);
+  }
+  JN_DEV float rstd() const { return *(const float*)(current + scalars + 4 * in.thread); }
+  JN_DEV float dot() const { return *(const float*)(current + scalars + 4 * (T + in.thread)); }
 };
 
 // One row ahead in registers, where there is no asynchronous copy (AMD) or a chunk is a single 2-byte element.
@@ -97,7 +112,7 @@ template <class S, class X, class G, class R, int DEPTH_> struct RegisterPipe {
     Chunk<X, V> x[S::PER];
     Chunk<G, V> g[S::PER];
     Chunk<R, V> r[S::PER];
-    float rstd;
+    float rstd, dot;
   };
   const RowInputs<S, X, G, R>& in;
   Held next, current;
@@ -115,12 +130,14 @@ template <class S, class X, class G, class R, int DEPTH_> struct RegisterPipe {
       if constexpr (R::size > 0) next.r[k] = load_chunk<R, V, true>(in.r_at(row, k));
     }
     next.rstd = in.rstd[row];
+    if constexpr (S::TILED) next.dot = in.dot[row];
   }
   JN_DEV void advance() {}
   JN_DEV const Chunk<X, V>& x(int k) const { return current.x[k]; }
   JN_DEV const Chunk<G, V>& g(int k) const { return current.g[k]; }
   JN_DEV const Chunk<R, V>& r(int k) const { return current.r[k]; }
   JN_DEV float rstd() const { return current.rstd; }
+  JN_DEV float dot() const { return current.dot; }
 };
 
 // w' = weight + offset of a thread's columns: in registers for the whole kernel, or read again for each row.
@@ -134,8 +151,10 @@ template <class S, class W, bool OFFSET, bool HELD> struct Weights {
     if constexpr (HELD && W::size > 0) {
 #pragma unroll
       for (int k = 0; k < S::PER; ++k) {
-        if (in.has(k)) held[k] = load(k, in);
-        else held[k] = Chunk<W, V>{};
+        if (in.has(k))
+          held[k] = load(k, in);
+        else
+          held[k] = Chunk<W, V>{};
       }
     }
   }
@@ -146,8 +165,10 @@ template <class S, class W, bool OFFSET, bool HELD> struct Weights {
   template <class In> JN_DEV void scale(int k, const In& in, float (&f)[V]) const {
     if constexpr (W::size > 0) {
       float w[V];
-      if constexpr (HELD) widen<W, V>(held[k], w);
-      else widen<W, V>(load(k, in), w);
+      if constexpr (HELD)
+        widen<W, V>(held[k], w);
+      else
+        widen<W, V>(load(k, in), w);
 #pragma unroll
       for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
     }
@@ -187,10 +208,12 @@ template <class S> JN_DEV void add_groups(float (&dw)[S::PER][S::V], unsigned ch
 template <class S, class Pipe, class X, class W, class G, class R, class DX, class DR, bool OFFSET, bool DW, bool HELD>
 JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows, u32 programs, int g_stride) {
   constexpr int V = S::V;
-  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread, group = S::GROUPS > 1 ? thread / S::LANES : 0;
+  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
+            group = S::GROUPS > 1 ? thread / S::LANES : 0;
   unsigned char* memory = shared_memory();
   float* sums = (float*)memory;
-  const RowInputs<S, X, G, R> in{p.x, p.g, p.r, p.rstd, g_stride, lane, thread, S::TILED ? block_y() * S::TILE : 0};
+  const RowInputs<S, X, G, R> in{
+      p.x, p.g, p.r, p.rstd, p.dot, g_stride, lane, thread, S::TILED ? block_y() * S::TILE : 0};
   Weights<S, W, OFFSET, HELD> weights{p.weight, offset};
   Pipe pipe(in, memory + (S::TILED ? 0 : 2 * S::Sum::bytes));
 
@@ -215,7 +238,7 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
 
     float dot;
     if constexpr (S::TILED) {
-      dot = active ? p.dot[row] : 0.f;
+      dot = active ? pipe.dot() : 0.f;
     } else {
       float part[S::PER];
 #pragma unroll
@@ -262,7 +285,8 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
       }
       const u64 start = row * S::N + in.first_column();
       store_bits(p.dx + start * DX::size + k * S::STEP * DX::size, narrow<DX, V>(ds));
-      if constexpr (DR::size > 0) store_bits(p.dresidual + start * DR::size + k * S::STEP * DR::size, narrow<DR, V>(ds));
+      if constexpr (DR::size > 0)
+        store_bits(p.dresidual + start * DR::size + k * S::STEP * DR::size, narrow<DR, V>(ds));
     }
   }
 
@@ -274,7 +298,9 @@ JN_DEV void backward_rms_rows(const BackwardPointers& p, float offset, u64 rows,
     if (group == 0) {
 #pragma unroll
       for (int k = 0; k < S::PER; ++k)
-        if (in.has(k)) store_bits((char*)(p.partials + u64(block_x()) * S::N + in.first_column() + k * S::STEP), narrow<F32, V>(dw[k]));
+        if (in.has(k))
+          store_bits((char*)(p.partials + u64(block_x()) * S::N + in.first_column() + k * S::STEP),
+                     narrow<F32, V>(dw[k]));
     }
   }
 }
@@ -288,7 +314,7 @@ JN_DEV void backward_rms_dot(const BackwardPointers& p, float offset, u64 rows, 
   float* sums = (float*)shared_memory();
   const u64 row = linear_block();
   if (row >= rows) return;
-  const RowInputs<S, X, G, None> in{p.x, p.g, nullptr, nullptr, g_stride, thread, thread, 0};
+  const RowInputs<S, X, G, None> in{p.x, p.g, nullptr, nullptr, nullptr, g_stride, thread, thread, 0};
   Weights<S, W, OFFSET, false> weights{p.weight, offset};
 #pragma unroll 1
   for (int first = 0; first < S::PER; first += BATCH) {
@@ -318,7 +344,8 @@ JN_DEV void backward_rms_dot(const BackwardPointers& p, float offset, u64 rows, 
   if (thread == 0) dot[row] = sum;
 }
 
-// result[n] = sum over p of partials[p][n], in a fixed order: SLICES threads add every SLICES-th row each, then by halving.
+// result[n] = sum over p of partials[p][n], in a fixed order: SLICES threads add every SLICES-th row each, then by
+// halving.
 template <int N, int V, int COLUMNS, int SLICES>
 JN_DEV void add_partials(const float* partials, u32 programs, float* result) {
   static_assert(N % V == 0 && next_power_of_2(SLICES) == SLICES, "slices");

@@ -1,5 +1,6 @@
-// Chunks: V consecutive elements of a row that one lane moves at once, as the bits found in memory. V is the largest power of two
-// for which every row of every buffer starts on a chunk boundary, so an access is always aligned and never crosses the row's end.
+// Chunks: V consecutive elements of a row that one lane moves at once, as the bits found in memory. V is the largest
+// power of two for which every row of every buffer starts on a chunk boundary, so an access is always aligned and never
+// crosses the row's end.
 #pragma once
 #include "jaxnorm/dtype.h"
 
@@ -31,8 +32,10 @@ template <class T, int V, bool AGAIN = false> JN_DEV void widen(const Chunk<T, V
   } else {
 #pragma unroll
     for (int i = 0; i < V / 2; ++i) {
-      if constexpr (AGAIN) unpack2_again(T{}, c.word[i], f[2 * i], f[2 * i + 1]);
-      else unpack2(T{}, c.word[i], f[2 * i], f[2 * i + 1]);
+      if constexpr (AGAIN)
+        unpack2_again(T{}, c.word[i], f[2 * i], f[2 * i + 1]);
+      else
+        unpack2(T{}, c.word[i], f[2 * i], f[2 * i + 1]);
     }
   }
 }
@@ -59,10 +62,12 @@ template <int BYTES, bool STREAMED> JN_DEV Bits<BYTES> load_piece(const char* p)
   if constexpr (BYTES == 16) {
     if constexpr (STREAMED)
       asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(b.word[0]), "=r"(b.word[1]), "=r"(b.word[2]), "=r"(b.word[3]) : "l"(p));
+                   : "=r"(b.word[0]), "=r"(b.word[1]), "=r"(b.word[2]), "=r"(b.word[3])
+                   : "l"(p));
     else
       asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(b.word[0]), "=r"(b.word[1]), "=r"(b.word[2]), "=r"(b.word[3]) : "l"(p));
+                   : "=r"(b.word[0]), "=r"(b.word[1]), "=r"(b.word[2]), "=r"(b.word[3])
+                   : "l"(p));
   } else if constexpr (BYTES == 8) {
     if constexpr (STREAMED)
       asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(b.word[0]), "=r"(b.word[1]) : "l"(p));
@@ -109,8 +114,9 @@ template <int BYTES> JN_DEV void store_bits(char* p, const Bits<BYTES>& b) {
   }
 }
 
-// A lane's private copies from global to shared memory. Where the hardware can, they go past the registers and run on their own
-// until async_wait; elsewhere they are plain copies. No barrier is needed, because only the lane that asked reads the copy.
+// A lane's private copies from global to shared memory. Where the hardware can, they go past the registers and run on
+// their own until async_wait; elsewhere they are plain copies. No barrier is needed, because only the lane that asked
+// reads the copy.
 template <int BYTES> JN_DEV void async_copy(unsigned char* to, const char* from) {
 #if defined(JN_SIMT)
   simt::async_copy(to, from, BYTES);
@@ -144,7 +150,8 @@ template <int PENDING> JN_DEV void async_wait() {
 #endif
 }
 
-// A chunk in shared memory, in pieces of at most 16 bytes that lie THREADS apart: neighbouring lanes never meet in a bank.
+// A chunk in shared memory, in pieces of at most 16 bytes that lie THREADS apart: neighbouring lanes never meet in a
+// bank.
 template <class T, int V, int THREADS> struct Stash {
   static constexpr int bytes = T::size * V, piece = min_of(bytes, 16), pieces = bytes ? bytes / piece : 0;
   static constexpr int footprint = bytes * THREADS;
