@@ -22,12 +22,13 @@ def array(op: str, argument: str, value: Any) -> jax.Array:
     """A float array of 16 or 32 bits; anything else is a TypeError."""
     if value is None:
         raise type_error(op, argument, None, "an array")
-    if jnp.result_type(value) == jax.dtypes.float0:
-        raise type_error(op, argument, "float0", "a float array")
-    try:
-        a = jnp.asarray(value)
-    except (TypeError, ValueError) as e:
-        raise type_error(op, argument, type(value).__name__, "an array", str(e)) from None
+    if isinstance(value, jax.Array):  # tracers, too
+        a = value
+    else:
+        try:
+            a = jnp.asarray(value)
+        except (TypeError, ValueError) as e:
+            raise type_error(op, argument, type(value).__name__, "an array", str(e)) from None
     if a.dtype.name not in FLOATS:
         remedy = "Cast it first; jaxnorm computes in float32." if a.dtype == jnp.float64 else "Cast it first."
         raise type_error(op, argument, f"dtype {a.dtype.name}", f"one of {', '.join(FLOATS)}", remedy)
