@@ -41,7 +41,7 @@ def documented() -> dict[str, ast.FunctionDef | ast.ClassDef]:
 def _parameters(node: ast.FunctionDef) -> list[tuple[str, str, object]]:
     """(name, kind, default) of a parsed signature."""
     code = compile(ast.Module([node], []), "contract", "exec")
-    scope: dict = {}
+    scope: dict = {"jnp": jax.numpy}
     exec(code, scope)
     return _of(inspect.signature(scope[node.name]))
 
@@ -60,8 +60,13 @@ def test_signature(name):
     if isinstance(node, ast.FunctionDef):
         assert _of(inspect.signature(value)) == _parameters(node)
     elif dataclasses.is_dataclass(value):
-        fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
-        assert [f.name for f in dataclasses.fields(value)] == fields
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+        documented_fields = [
+            (f.target.id, ast.literal_eval(f.value) if f.value else dataclasses.MISSING) for f in fields
+        ]
+        assert [(f.name, f.default) for f in dataclasses.fields(value)] == documented_fields
+        for method in (item for item in node.body if isinstance(item, ast.FunctionDef)):
+            assert _of(inspect.signature(getattr(value, method.name))) == _parameters(method)
     else:
         assert [base.__name__ for base in value.__bases__] == [ast.unparse(b) for b in node.bases]
 
