@@ -22,7 +22,7 @@ Entry = Any  # an entry of a PartitionSpec: None, an axis, or a tuple of axes
 Local = Callable[..., tuple[jax.Array, ...]]
 
 
-def rule(call: StageCall, leading: int) -> tuple[str, tuple[str, ...], dict[str, int]]:
+def rule(call: StageCall, leading: int) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     """The Shardy rule of a stage, the factors that must be replicated, and the sizes of factors that have no dim of their own."""
     # a group of features is a factor of its own where scales per group follow the features
     grouped = "g" in call.feature_dims

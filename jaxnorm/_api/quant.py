@@ -21,7 +21,7 @@ from .._ref import quant as ref
 from .._ref import rmsnorm as ref_rmsnorm
 from .._ref._common import f32, pad_last
 from .._stage import Arrays, OpDef, StageCall, StageDef, register_op, register_stage
-from .._types import QuantSpec, Quantized
+from .._types import Quantized, QuantSpec
 from ..errors import type_error, value_error
 from . import _checks as check
 
