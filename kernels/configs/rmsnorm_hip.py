@@ -165,16 +165,21 @@ def _forward(problem: Problem) -> Forward:
 def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     """Threads of a row longer than a wave's worth of chunks.
 
-    16 registers of row a thread for plenty of rows: 64 bytes in flight each, with about 1024 threads resident on a compute unit, is
-    more than the 40 KB a unit needs to cover the latency of memory. At most 512 threads then, so that two rows share a unit and
+    8 registers of row a thread for plenty of rows: with 1536 threads resident on a compute unit that is 48 KB in flight, enough to
+    cover the latency of memory. *H200*, ratio to a copy at 8 and 16 registers: 8192x4096 1.045 and 1.063, with a residual 1.028
+    and 1.046; 8192x8192 1.032 and 1.048; 131072x1024 1.005 and 1.012. At most 512 threads, so that two rows share a unit and
     one's stores run beside the other's loads. With few rows there are units to spare: then as many threads as there are
-    chunks, which is fewer instructions one after the other.
+    chunks, which is fewer instructions one after the other, up to 512 (*H200*: 1x4096 1.74 us against 2.05 with 128).
     """
-    lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, 16 // words)), wave)))
+    lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, 8 // words)), wave)))
     if lanes == 512 and chunks > 512 * _room(problem, blocks=2):
         lanes = MAX_THREADS  # half a unit's registers and shared memory do not hold the row; a whole one's might
     room = compute_units(problem.target) * 1024
-    while lanes < min(MAX_THREADS, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
+    if problem.rows * MAX_THREADS <= room and chunks > MAX_THREADS and _nvidia(problem):
+        # *H200*, 16x16384: 2.64 us with 256 threads, 2.88 with 1024; with a residual 3.23 with 1024, 3.40 with 512
+        return MAX_THREADS if problem.has("residual") or chunks > 2 * MAX_THREADS else 256
+    most = 512 if _nvidia(problem) else MAX_THREADS
+    while lanes < min(most, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
         lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
     return lanes
 
@@ -207,12 +212,18 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     limit = _row_registers(problem)
     regs = min(per, max(1, (limit if per * words <= limit else limit * 3 // 4) // words))
     blocks = 2 if c.lanes <= 512 else 1
-    free = shared_memory(problem.target) // blocks - 1024 - _sum_bytes(chunks, c.lanes, wave)
-    shared = min(per - regs, max(0, free // (_chunk_bytes(problem) * c.lanes)))
+    free = max(0, shared_memory(problem.target) // blocks - 1024 - _sum_bytes(chunks, c.lanes, wave))
+    shared = min(per - regs, free // (_chunk_bytes(problem) * c.lanes))
+    if 0 < shared == per - regs and _nvidia(problem):
+        # *H200*, 4096x65536: 3 chunks in registers and 13 in shared memory 1.057, 6 and 10 1.078
+        regs = max(min(3, regs), per - free // (_chunk_bytes(problem) * c.lanes))
+        shared = per - regs
     if v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4 and _nvidia(problem):
         shared = 0  # 2-byte pieces cannot be copied asynchronously
     weight_words = regs * v * _itemsize(problem, "weight") // 4
-    return replace(c, regs=regs, shared=shared, early=weight_words <= 8, min_blocks=_min_blocks(problem, c.lanes, regs))
+    few = problem.rows * MAX_THREADS <= compute_units(problem.target) * 1024 and not shared
+    early = weight_words <= (32 if few else 8)  # *H200*, 16x16384: 2.64 us early, 2.83 late
+    return replace(c, regs=regs, shared=shared, early=early, min_blocks=_min_blocks(problem, c.lanes, regs))
 
 
 def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
@@ -316,23 +327,35 @@ def _slot_bytes(problem: Problem, v: int, per: int, threads: int, tiled: bool) -
 
 def _backward(problem: Problem) -> Backward:
     wave, v = wave_size(problem.target), vector(problem)
-    chunks, units = problem.features // v, compute_units(problem.target)
+    chunks = problem.features // v
     # A thread adds up the weight gradient of its columns in one register each. 32 columns for a wave that owns its row alone (no
     # barrier to pay), 16 for rows shared by waves: with as many registers for the row itself, two or three blocks fit.
     if chunks <= wave:
         lanes = next_power_of_2(chunks)
-    elif _ceil(chunks, wave) * v <= 32:
+    elif _ceil(chunks, wave) * v <= 32 and not (_nvidia(problem) and chunks >= 4 * wave):
         lanes = wave
+    elif _nvidia(problem):
+        # *H200*: 32 columns a thread and one block a unit. 8192x4096 1.108 with 128 threads, 1.15 to 1.28 with two to four blocks
+        # of 256 or 512; 8192x8192 1.065 with 256. More rows of partial sums and more streams at once both cost.
+        lanes = min(MAX_THREADS, max(128, _round_up(_ceil(chunks, max(1, 32 // v)), wave)))
     else:
         lanes = _round_up(_ceil(chunks, max(1, 16 // v)), wave)
         # Few rows: one block a unit must keep memory busy alone, so give it more threads.
-        if problem.rows < 16 * units and lanes < 512:
+        if problem.rows < 16 * compute_units(problem.target) and lanes < 512:
             lanes = min(512, _round_up(_ceil(chunks, _ceil(chunks, 2 * lanes)), wave))
     if lanes > MAX_THREADS:
         return _tiled(problem, v)
     groups = max(1, 128 // lanes) if lanes <= wave else 1
-    c = _with_pipe(problem, Backward(lanes, groups, 0, 1, False, True), v, _ceil(chunks, lanes), chunks)
-    return c if c.depth else _tiled(problem, v)
+    start, per = Backward(lanes, groups, 0, 1, False, True), _ceil(chunks, lanes)
+    if not _nvidia(problem) or lanes <= wave:
+        c = _with_pipe(problem, start, v, per, chunks)
+        return c if c.depth else _tiled(problem, v)
+    c = _with_pipe(problem, start, v, per, chunks, most=4 if per * v <= 16 else 1)
+    if not c.depth:
+        return _tiled(problem, v)
+    # *H200*: about 48 KB on their way to a unit; 8192x8192 1.061 one row ahead, 1.10 two, 1.13 four; 8192x4096 best with four
+    row = problem.features * sum(_itemsize(problem, n) for n in ROW_INPUTS)
+    return replace(c, depth=max(1, min(c.depth, (48 << 10) // (row * c.blocks))))
 
 
 def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int, most: int = 16) -> Backward:
