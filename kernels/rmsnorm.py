@@ -130,8 +130,11 @@ def rmsnorm_fwd_long(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """A program owns one row and reads it twice, BLOCK columns at a time; the second read comes from the L2 cache.
+    """A program owns one row and reads it twice, BLOCK columns at a time; the second read comes from the nearest cache.
+
+    EARLY, for a row of one block: the weight is asked for before the sum.
 
     residual_out is written in the second pass, right after the same elements were read, so that it may share residual's buffer."""
     row = program_index().to(tl.int64)
@@ -139,6 +142,8 @@ def rmsnorm_fwd_long(
         return
     lane = tile_cols(0, 1, BLOCK, VEC)
     MASK_X: tl.constexpr = N % BLOCK != 0
+    if EARLY and HAS_WEIGHT:
+        early = load(weight_ptr, lane, lane < N, MASK_X)
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         cols = start + lane
@@ -166,7 +171,10 @@ def rmsnorm_fwd_long(
             n = x.to(tl.float32)
         w = 1.0
         if HAS_WEIGHT:
-            w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASK_PAD)
+            if EARLY:
+                w = early.to(tl.float32) + WEIGHT_OFFSET
+            else:
+                w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASK_PAD)
         y = _scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
         if P > N:
             y = tl.where(live, y, 0.0)

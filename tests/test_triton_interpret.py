@@ -202,15 +202,31 @@ def test_forward_of_long_rows(case):
     case.check(forward(case, arrays, long_plan()), arrays)
 
 
+@pytest.mark.parametrize("case", [Case(3, 256), Case(2, 97, residual=BF16, offset=1.0, weight=F32), Case(2, 70, padded=128)],
+                         ids=str)  # fmt: skip
+def test_the_weight_may_be_asked_for_early(case):
+    """A row of one block; the same bits either way."""
+    arrays = case.operands()
+
+    def plan(early):
+        return lambda p: (rmsnorm_triton._fwd_long(p, dataclasses.replace(rmsnorm_triton._loop(p), block=256, early=early)),)
+
+    got, want = forward(case, arrays, plan(True)), forward(case, arrays, plan(False))
+    case.check(got, arrays)
+    tolerances.assert_same_bits(got["y"], want["y"])
+
+
 def test_plans_take_the_loop_where_a_row_does_not_fit():
-    wide, long = Case(1, 16384), Case(1, 131072)
+    wide, long = Case(1, 4096), Case(1, 131072)
     assert [s.kernel for s in rmsnorm_triton.plan(wide.problem(wide.operands()))] == ["rmsnorm:rmsnorm_fwd"]
+    again = Case(1, 8192)
+    assert [s.kernel for s in rmsnorm_triton.plan(again.problem(again.operands()))] == ["rmsnorm:rmsnorm_fwd_long"]
     arrays = long.operands()
     assert [s.kernel for s in rmsnorm_triton.plan(long.problem(arrays))] == ["rmsnorm:rmsnorm_fwd_long"]
     long.check(forward(long, arrays), arrays)
 
 
-@pytest.mark.parametrize("features", [7, 64, 256, 769, 1024])
+@pytest.mark.parametrize("features", [7, 64, 256, 409, 512])
 def test_a_row_has_the_same_bits_alone_and_in_a_tile(features):
     """Alone in a program of one wave, in the tile of the plan, at any position, and in a taller tile."""
     case = Case(9, features, residual=BF16, weight=F32)

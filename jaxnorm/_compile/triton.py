@@ -77,7 +77,7 @@ def compile(launch: Launch, problem: Problem) -> CodeObject:
         **dict(launch.options),
     }
     key = [
-        "triton", version(), problem.target, launch.kernel, *types, str(POINTER_ALIGNMENT), sources_digest(),
+        "triton", "no line info", version(), problem.target, launch.kernel, *types, str(POINTER_ALIGNMENT), sources_digest(),
         *(_exact(k, v) for k, v in launch.constants), "options", *(_exact(k, v) for k, v in sorted(options.items())),
     ]  # fmt: skip
     return get_or_compile(key, lambda: _build(launch, problem.target, types, options))
@@ -143,7 +143,11 @@ def run(launch: Launch, types: tuple[str, ...], target: str, options: dict[str, 
         {(names.index(n),): v for n, v in constants.items()},
         attrs,
     )
-    return triton.compile(source, target=gpu, options=dict(options))
+    with triton.knobs.compilation.scope():
+        # Paths of this machine's sources would end up in the code object. Triton's own cache has the knob in
+        # its key, ours the words "no line info".
+        triton.knobs.compilation.disable_line_info = True
+        return triton.compile(source, target=gpu, options=dict(options))
 
 
 def _build(launch: Launch, target: str, types: tuple[str, ...], options: dict[str, object]) -> CodeObject:

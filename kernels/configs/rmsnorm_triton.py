@@ -11,19 +11,22 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, wave_size
+from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
 
 GRID_COLUMNS = 1 << 20  # as in kernels/_common.py:program_index
 MAX_ROWS = (1 << 31) - 1  # rows are counted in an i32 parameter
 MAX_FEATURES = 1 << 24  # the longest row whose 32-bit columns and float32 counts are exact with room to spare
-# Most elements a lane holds of a row that one wave owns, by wave size: float32 registers forward, five times as many backward
-# (weight, share of dweight, n, dy and the next row), where 32 of a wave64 row leave two waves a SIMD.
-LANE_FWD = {32: 32, 64: 32}
-LANE_BWD = {32: 32, 64: 16}
-# Longest padded row held in registers, by family of targets. On NVIDIA a longer row leaves one workgroup of 1024 threads and 64
-# registers on an SM, hence nothing to overlap its phases with, while its second read hits the 228 KiB of L1. AMD's L1 is 16 to
-# 32 KiB and its registers are four times as many.
-TILE_FWD = {"sm": 16384, "gfx": 32768}
+# Longest row that one wave owns, several of them a program. *H200*, bf16 131072x1024, time over that of a copy, waves that share
+# a row against waves that own rows: forward 1.010 and 1.036, with a residual 1.007 and 1.029, backward 1.012 and 1.10; shorter
+# rows were not measured, and there a program of one row is mostly its launch. AMD: 32 float32 registers a lane forward; backward
+# five times as many (weight, share of dweight, n, dy and the next row), where 32 of a wave64 row leave two waves a SIMD.
+WAVE_FWD = {"sm": 512, "gfx": {32: 1024, 64: 2048}}
+WAVE_BWD = {"sm": 512, "gfx": {32: 1024, 64: 1024}}
+# Longest padded row held in registers, by family of targets; longer ones are read twice. *H200*, bf16, read twice against held:
+# 8192x8192 1.005 and 1.070, with a residual 1.012 and 1.045; 8192x16384 1.019 and 1.068, with a residual 1.002 and 1.027; the
+# second read hits the 228 KiB of L1, and the registers go to more programs. AMD's L1 is 16 to 32 KiB and its registers are four
+# times as many.
+TILE_FWD = {"sm": 4096, "gfx": 32768}
 # Backward the share of dweight takes registers too: a float32 per element.
 TILE_BWD = {"sm": 16384, "gfx": 16384}
 
@@ -58,7 +61,9 @@ class Loop:
     block: int
     vec: int
     warps: int
-    stages: int
+    stages: int = 1
+    early: bool = False
+    """Forward, a row of one block: ask for the weight before the sum. Registers against latency."""
 
     def constants(self) -> tuple[tuple[str, object], ...]:
         return (("BLOCK", self.block), ("VEC", self.vec), ("STAGES", self.stages))
@@ -92,7 +97,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
         width = next_power_of_2(_padded(problem))
         if width <= TILE_FWD[_family(problem)]:
             return (_fwd(problem, _tile(problem, width)),)
-        return (_fwd_long(problem, _loop(problem)),)
+        return (_fwd_long(problem, _loop_fwd(problem, width)),)
     width = next_power_of_2(problem.features)
     # Two float32 rows spill at the longest tile of NVIDIA.
     if width <= TILE_BWD[_family(problem)] and (width <= 8192 or _family(problem) == "gfx" or _row_bytes(problem) <= 6):
@@ -144,20 +149,48 @@ def _tile(problem: Problem, width: int) -> Tile:
     wave = wave_size(problem.target)
     vec, limited = _lane_width(problem)
     hint = vec if limited else 0
-    if width <= wave * (LANE_FWD if problem.stage == "rmsnorm_fwd" else LANE_BWD)[wave]:
+    longest = (WAVE_FWD if problem.stage == "rmsnorm_fwd" else WAVE_BWD)[_family(problem)]
+    if width <= (longest if isinstance(longest, int) else longest[wave]):
         # A wave (or part of one) per row: the sum needs no barrier. Four waves a program, so that a lane holds one row exactly:
         # the same instructions serve every row of the tile.
         block = min(width, wave * vec)
         return Tile(max(width // block, 1), 4 * wave * vec // block, block, hint, 4, max(block // vec, 1))
-    # 16 elements a lane: two 16-byte reads of bf16 in flight for each buffer. At most 512 threads on NVIDIA, where 1024 of 40
-    # registers leave no room for a second workgroup, and 1024 on AMD.
+    # 16 elements a lane: two 16-byte reads of bf16 in flight for each buffer. *H200* 8192x4096: 8 warps 1.029, 4 1.039, 16 1.18;
+    # 16x4096: 1.81, 1.95 and 1.82 us. At most 512 threads on NVIDIA, where 1024 of 40 registers leave no room for a second
+    # workgroup, and 1024 on AMD.
     threads = min(width // 16, 512 if _family(problem) == "sm" else 1024)
+    if width == 1024 and _family(problem) == "sm" and _read_bytes(problem) > 2:
+        threads = 128  # *H200* 131072x1024 with a residual: 4 warps 1.007, 2 1.011; without: 2 warps 1.010, 4 1.046
     return Tile(0, 1, width, hint, threads // wave)
 
 
-def _loop(problem: Problem) -> Loop:
+def _loop(problem: Problem, block: int = 8192, threads: int = 512) -> Loop:
     vec, limited = _lane_width(problem)
-    return Loop(8192, vec if limited else 0, 512 // wave_size(problem.target), 1)
+    return Loop(block, vec if limited else 0, threads // wave_size(problem.target))
+
+
+def _loop_fwd(problem: Problem, width: int) -> Loop:
+    """Blocks and waves of a row read twice. By N and dtypes; *H200* figures of bf16, time over that of a copy."""
+    if _family(problem) == "gfx":
+        return _loop(problem)
+    added = problem.has("residual")
+    if width <= 8192:
+        # 8192x8192: 16 warps 1.005; with a residual 32 warps 1.012 to 1.018, 16 1.04.
+        block, threads = 8192, 1024 if added else 512
+    elif width <= 16384:
+        # 8192x16384 and 1024x16384: 1.019 and 1.085; 8 warps on one block 1.011 and 1.126. With a residual 1.002 and 1.051.
+        block, threads = (16384, 1024) if added else (4096, 512)
+    else:
+        # 4096x65536: 1.137 against 1.41 to 1.44 of 8192 and 16 warps; with a residual 1.099 against 1.46.
+        block, threads = 32768 if added else 16384, 1024
+    if max(ITEMSIZE[problem.dtype(b)] for b in ("x", "residual") if problem.has(b)) > 2 and threads == 1024:
+        block //= 2  # as many bytes a lane
+    return _loop(problem, block, threads)
+
+
+def _read_bytes(problem: Problem) -> int:
+    """Bytes a column of a row costs to read, forward."""
+    return sum(ITEMSIZE[problem.dtype(b)] for b in ("x", "residual") if problem.has(b))
 
 
 def _row_bytes(problem: Problem) -> int:
@@ -180,9 +213,12 @@ def _backward(problem: Problem, width: int) -> Backward:
     if threads == 1024 and (width > (8192 if sm else 16384) or row_bytes > 4):
         # Registers are 64 (NVIDIA) or 128 (AMD) a thread of 1024: read twice rather than spill.
         return Backward(dataclasses.replace(tile, warps=(512 if sm else 1024) // wave), 1, reread=True)
-    return Backward(
-        dataclasses.replace(tile, warps=threads // wave), max(1, (1024 if sm else 512) // threads), prefetch=True
-    )
+    # *H200*: 8192x4096 1.077 through the compiler's pipeline, 1.098 with the prefetch of the kernel (1024x4096: 1.60 and 1.54);
+    # 131072x1024 1.050 and 1.012, 8192x8192 1.078 and 1.064. More than 256 programs at 4096 lose: 1.15 and up.
+    piped = sm and width == 4096 and row_bytes <= 4
+    per_unit = max(1, (1024 if sm else 512) // threads)
+    tile = dataclasses.replace(tile, warps=threads // wave)
+    return Backward(tile, per_unit, prefetch=not piped, stages=3 if piped else 1)
 
 
 def _grid(programs: int) -> tuple[int, int, int]:
@@ -209,7 +245,8 @@ def _fwd(problem: Problem, tile: Tile) -> Launch:
 
 
 def _fwd_long(problem: Problem, loop: Loop) -> Launch:
-    return _fwd_launch(problem, "rmsnorm_fwd_long", problem.rows, loop.constants(), loop.warps)
+    shape = (*loop.constants(), ("EARLY", loop.early))
+    return _fwd_launch(problem, "rmsnorm_fwd_long", problem.rows, shape, loop.warps)
 
 
 def _fwd_launch(
@@ -323,13 +360,13 @@ def _tiles(problem: Problem, width: int) -> Iterator[Tile]:
     """Tiles of other sizes: more waves, more rows, one row shared by all waves."""
     wave, base = wave_size(problem.target), _tile(problem, width)
     if base.chunks:
-        for warps in (4, 8):
-            for times in (1, 2) if problem.stage == "rmsnorm_fwd" else (1,):
+        for warps in (2, 4, 8):
+            for times in (1, 2) if _forward(problem) else (1,):
                 rows = max(base.rows * warps // base.warps, 1) * times
                 yield dataclasses.replace(base, rows=rows, warps=warps)
     if width >= 4 * wave:
         for threads in (64, 128, 256, 512, 1024):
-            if threads >= wave and 4 <= width // threads <= (64 if problem.stage == "rmsnorm_fwd" else 32):
+            if threads >= wave and 4 <= width // threads <= (64 if _forward(problem) else 32):
                 yield Tile(0, 1, width, base.vec, threads // wave)
 
 
@@ -337,9 +374,28 @@ def _loops(problem: Problem) -> Iterator[Loop]:
     base = _loop(problem)
     for block in (4096, 8192, 16384, 32768):
         for threads in (256, 512, 1024):
+            if not 8 <= block // threads <= 64 or block >= 2 * _padded(problem):
+                continue
+            shape = dataclasses.replace(base, block=block, warps=threads // wave_size(problem.target))
+            if _padded(problem) <= block:  # nothing to pipeline
+                yield from (dataclasses.replace(shape, early=early) for early in (False, True)[: 1 + _forward(problem)])
+                continue
             for stages in (1, 2, 3):
-                if 8 <= block // threads <= 64 and block < 2 * _padded(problem):
-                    yield Loop(block, base.vec, threads // wave_size(problem.target), stages)
+                if _fits(problem, block, stages):
+                    yield dataclasses.replace(shape, stages=stages)
+
+
+def _forward(problem: Problem) -> bool:
+    return problem.stage == "rmsnorm_fwd"
+
+
+def _fits(problem: Problem, block: int, stages: int, per_unit: int = 1) -> bool:
+    """Whether the pipelines of a unit's programs fit shared memory: a buffer of every input a stage, and room for the sums."""
+    if stages == 1:
+        return True
+    inputs = ("x", "residual", "weight") if _forward(problem) else ("n", "dy", "dresidual_out", "weight")
+    column = sum(ITEMSIZE[problem.dtype(b)] for b in inputs if problem.has(b))
+    return per_unit * (stages * block * column + 4096) <= shared_memory(problem.target)
 
 
 def _fwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
@@ -360,7 +416,8 @@ def _bwd_candidates(problem: Problem) -> Iterator[tuple[Launch, ...]]:
             for per_unit in (1, 2, 3, 4, 8):
                 for prefetch, reread, stages in modes:
                     # An SM holds 2048 threads; with less than a quarter of them too little is on its way.
-                    if 512 <= tile.warps * wave_size(problem.target) * per_unit <= 2048:
+                    threads = tile.warps * wave_size(problem.target) * per_unit
+                    if 512 <= threads <= 2048 and _fits(problem, tile.rows * width, stages, per_unit):
                         yield _bwd(problem, Backward(tile, per_unit, prefetch, reread, stages))
     if width >= 16384:
         for loop in _loops(problem):
