@@ -33,7 +33,7 @@ def quantize(
 ) -> tuple[jax.Array, jax.Array]:
     """float32 ``[..., N]`` -> (values, scale in row layout). ``axes`` shard the features: a row's maximum is reduced over them."""
     if static_scale is not None:
-        return encode(z / f32(static_scale).reshape(()), spec), static_scale
+        return encode(divide(z, f32(static_scale).reshape(())), spec), static_scale
     *lead, n = z.shape
     g = spec.group_size or n
     grouped = z.reshape(*lead, n // g, g)
