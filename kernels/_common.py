@@ -147,3 +147,24 @@ def affine(weight_ptr, cols, mask, WEIGHT_OFFSET: tl.constexpr, MASKED: tl.const
 def round_to(v, ptr):
     """float32 rounded to the dtype ``ptr`` points to, still float32."""
     return v.to(ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def summed(x, residual, residual_out_ptr, ROUND_RESIDUAL: tl.constexpr):
+    """(what the norm reads, s) of one tile."""
+    s = x.to(tl.float32) + residual.to(tl.float32)
+    if ROUND_RESIDUAL:
+        return round_to(s, residual_out_ptr), s
+    else:
+        return s, s
+
+
+@triton.jit
+def scaled(n, rstd, w, x_ptr, HAS_WEIGHT: tl.constexpr, CAST_BEFORE_WEIGHT: tl.constexpr):
+    """``n * rstd * w`` with the rounding points of the contract."""
+    y = n * rstd
+    if CAST_BEFORE_WEIGHT:
+        y = round_to(y, x_ptr)
+    if HAS_WEIGHT:
+        y = y * w
+    return y

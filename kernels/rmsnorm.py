@@ -19,35 +19,15 @@ from ._common import (
     load_first,
     load_row_scalar,
     program_index,
-    round_to,
     row_sum,
+    scaled,
     spread,
     store,
     store_row_scalar,
+    summed,
     tile_cols,
     tile_rows,
 )
-
-
-@triton.jit
-def _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL: tl.constexpr):
-    """(what the norm reads, s) of one tile."""
-    s = x.to(tl.float32) + residual.to(tl.float32)
-    if ROUND_RESIDUAL:
-        return round_to(s, residual_out_ptr), s
-    else:
-        return s, s
-
-
-@triton.jit
-def _scaled(n, rstd, w, x_ptr, HAS_WEIGHT: tl.constexpr, CAST_BEFORE_WEIGHT: tl.constexpr):
-    """``n * rstd * w`` with the rounding points of the contract."""
-    y = n * rstd
-    if CAST_BEFORE_WEIGHT:
-        y = round_to(y, x_ptr)
-    if HAS_WEIGHT:
-        y = y * w
-    return y
 
 
 @triton.jit
@@ -96,12 +76,12 @@ def rmsnorm_fwd(
     if HAS_WEIGHT:  # asked for before the sum, so that its latency hides behind the row's
         w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, N < WIDTH)
     if HAS_RESIDUAL:
-        n, s = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
+        n, s = summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
         store(residual_out_ptr + row * N, cols, s, inside, MASK_X)
     else:
         n = x.to(tl.float32)
     rstd = tl.rsqrt(row_sum(n * n, CHUNKS) / N + EPS)
-    y = _scaled(n, spread(rstd, CHUNKS), w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
+    y = scaled(n, spread(rstd, CHUNKS), w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
     if P > N:  # 0 * rstd is not +0 when rstd is NaN or the weight negative
         y = tl.where(live, y, 0.0)
     store(y_ptr + row * P, cols, y, padded, MASK_Y)
@@ -151,7 +131,7 @@ def rmsnorm_fwd_long(
         x = load_first(x_ptr + row * N, cols, live, MASK_X)
         if HAS_RESIDUAL:
             residual = load_first(residual_ptr + row * N, cols, live, MASK_X)
-            n, _ = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
+            n, _ = summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
         else:
             n = x.to(tl.float32)
         squares += n * n
@@ -165,7 +145,7 @@ def rmsnorm_fwd_long(
         x = load_again(x_ptr + row * N, cols, live, MASK_PAD)
         if HAS_RESIDUAL:
             residual = load_again(residual_ptr + row * N, cols, live, MASK_PAD)
-            n, s = _summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
+            n, s = summed(x, residual, residual_out_ptr, ROUND_RESIDUAL)
             store(residual_out_ptr + row * N, cols, s, live, MASK_PAD)
         else:
             n = x.to(tl.float32)
@@ -175,7 +155,7 @@ def rmsnorm_fwd_long(
                 w = early.to(tl.float32) + WEIGHT_OFFSET
             else:
                 w = affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASK_PAD)
-        y = _scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
+        y = scaled(n, rstd, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
         if P > N:
             y = tl.where(live, y, 0.0)
         store(y_ptr + row * P, cols, y, cols < P, P % BLOCK != 0)

@@ -22,7 +22,8 @@ from .code_object import CodeObject
 
 TYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8", "uint8": "u8", "int32": "i32", "int64": "i64",
-    "float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5", "float8_e4m3fnuz": "fp8e4b8", "float8_e5m2fnuz": "fp8e5b16",
+    # Kernels write fp8 as bytes: not every target's compiler has every format as a type.
+    "float8_e4m3fn": "u8", "float8_e5m2": "u8", "float8_e4m3fnuz": "u8", "float8_e5m2fnuz": "u8",
 }  # fmt: skip
 POINTER_ALIGNMENT = 16
 OLDEST, REMEDY = (3, 6), "pip install 'triton>=3.6'"
