@@ -53,7 +53,7 @@ def _stage_layout(call: StageCall, scale: jax.Array, spec: QuantSpec) -> jax.Arr
         tiles = ref.shuffle(scale.reshape(math.prod(scale.shape[:-1]), scale.shape[-1]))
         lead = scale.shape[:-1]
         # a shard of fewer rows than a tile column of 256: the blocks of 32 rows without the padding behind them
-        return tiles[: math.prod(lead)].reshape(*lead, -1) if call.dims("scale")[0] == "..." else tiles
+        return tiles[: math.prod(lead)].reshape(*lead, tiles.shape[-1]) if call.dims("scale")[0] == "..." else tiles
     return scale
 
 

@@ -153,11 +153,21 @@ def _rows_first(scale: jax.Array, spec: QuantSpec, values: jax.Array, groups: in
     return back(scale).reshape(*lead, groups)
 
 
+def _is_static(values: jax.Array, scale: jax.Array, spec: QuantSpec) -> bool:
+    """A static scale has one dim for each vmapped axis and no others; a scale a row has those of its layout."""
+    if spec.group_size is not None:
+        return False
+    lead, batch = values.shape[:-1], scale.ndim - 2
+    if spec.scale_layout == "row":
+        return scale.ndim < values.ndim
+    return batch < 0 or scale.shape != (*lead[:batch], 1, math.prod(lead[batch:]))
+
+
 def dequantize(values: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
     """float32 ``f32(code) * scale``."""
     codes = unpack_fp4(values) if spec.dtype == "fp4" else f32(values)
     *lead, n = codes.shape
-    if spec.group_size is None and scale.shape[-1:] != (1,):  # static, perhaps one a vmapped example
+    if _is_static(values, scale, spec):
         return codes * f32(scale).reshape(*scale.shape, *[1] * (codes.ndim - scale.ndim))
     groups = spec.groups(n)
     rows = _rows_first(scale, spec, values, groups)
