@@ -1,0 +1,161 @@
+// Formats of quantised values: int8, four fp8 formats and fp4 (e2m1). Rounding is to nearest even, subnormals included.
+// A value must lie within half a step of the format's range (clip first); NaN becomes the format's NaN, and is the
+// caller's affair for int8 and fp4, which have none.
+#pragma once
+#include "jaxnorm/vec.h"
+
+namespace jaxnorm {
+
+template <> struct Bits<1> {
+  u8 byte;
+};
+
+template <int MANTISSA_, int BIAS_, bool FNUZ_> struct Float8 {
+  static constexpr int bits = 8, MANTISSA = MANTISSA_, BIAS = BIAS_, top_exponent = MANTISSA_ == 3 ? 15 - BIAS_ : 15;
+  static constexpr bool FNUZ = FNUZ_, integer = false;
+  static constexpr float top = MANTISSA_ == 2 ? 57344.f : FNUZ_ ? 240.f : 448.f;
+  static constexpr u32 nan = FNUZ_ ? 0x80 : MANTISSA_ == 2 ? 0x7e : 0x7f;
+};
+using E4M3FN = Float8<3, 7, false>;
+using E4M3FNUZ = Float8<3, 8, true>;
+using E5M2 = Float8<2, 15, false>;
+using E5M2FNUZ = Float8<2, 16, true>;
+struct Int8 {
+  static constexpr int bits = 8, MANTISSA = 0, top_exponent = 6;
+  static constexpr bool integer = true;
+  static constexpr float top = 127.f;
+};
+struct FP4 {
+  static constexpr int bits = 4, MANTISSA = 1, BIAS = 1, top_exponent = 2;
+  static constexpr bool integer = false;
+  static constexpr float top = 6.f;
+};
+
+// Does the conversion instruction of this target clip by itself?
+template <class F> struct Saturates {
+  static constexpr bool value = false;
+};
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 890
+#define JN_HARDWARE_FN 1
+template <> struct Saturates<E4M3FN> {
+  static constexpr bool value = true;
+};
+template <> struct Saturates<E5M2> {
+  static constexpr bool value = true;
+};
+#elif defined(__gfx950__)
+#define JN_HARDWARE_FN 1
+#elif defined(__gfx942__)
+#define JN_HARDWARE_FNUZ 1
+#endif
+
+// Exponent and mantissa bits of |f| in a small float format; f is no NaN.
+template <int MANTISSA, int BIAS> JN_DEV u32 small_float(float f) {
+  const u32 a = f32_bits(f) & 0x7fffffffu;
+  // Below the smallest normal number: an addition whose unit in the last place is the smallest subnormal rounds.
+  constexpr u32 magic = u32(127 + 1 - BIAS - MANTISSA + 23) << 23, smallest = u32(127 + 1 - BIAS) << 23;
+  const u32 subnormal = f32_bits(bits_f32(a) + bits_f32(magic)) - magic;
+  constexpr int drop = 23 - MANTISSA;
+  const u32 normal = ((a + ((1u << (drop - 1)) - 1) + ((a >> drop) & 1u)) >> drop) - (u32(127 - BIAS) << MANTISSA);
+  return a < smallest ? subnormal : normal;
+}
+template <class F> JN_DEV u32 float8_bits(float f) {
+  const u32 r = small_float<F::MANTISSA, F::BIAS>(f), sign = (f32_bits(f) >> 24) & 0x80u;
+  if ((f32_bits(f) & 0x7fffffffu) > 0x7f800000u) return F::nan;
+  return F::FNUZ && r == 0 ? 0 : sign | r;
+}
+JN_DEV u32 fp4_bits(float f) { return ((f32_bits(f) >> 28) & 8u) | min_of(int(small_float<1, 1>(f)), 7); }
+
+// The lowest bytes of four words.
+JN_DEV u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
+#if defined(JN_NVIDIA)
+  u32 low, high, all;
+  asm("prmt.b32 %0, %1, %2, 0x0040;" : "=r"(low) : "r"(a), "r"(b));
+  asm("prmt.b32 %0, %1, %2, 0x0040;" : "=r"(high) : "r"(c), "r"(d));
+  asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(all) : "r"(low), "r"(high));
+  return all;
+#else
+  return (a & 0xffu) | (b & 0xffu) << 8 | (c & 0xffu) << 16 | d << 24;
+#endif
+}
+
+// Four codes of a byte each in a word, the first in the lowest byte.
+template <class F> JN_DEV u32 four_codes(F, float a, float b, float c, float d) {
+  return pack_bytes(float8_bits<F>(a), float8_bits<F>(b), float8_bits<F>(c), float8_bits<F>(d));
+}
+JN_DEV u32 four_codes(Int8, float a, float b, float c, float d) {
+  constexpr float magic = 12582912.f;  // 1.5 * 2^23: the sum's last bit is worth 1, its low byte is the integer
+  return pack_bytes(f32_bits(a + magic), f32_bits(b + magic), f32_bits(c + magic), f32_bits(d + magic));
+}
+#if defined(JN_NVIDIA) && defined(JN_HARDWARE_FN)
+JN_DEV u32 four_codes(E4M3FN, float a, float b, float c, float d) {
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return u32(low) | u32(high) << 16;
+}
+JN_DEV u32 four_codes(E5M2, float a, float b, float c, float d) {
+  u16 low, high;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return u32(low) | u32(high) << 16;
+}
+#elif defined(JN_HARDWARE_FN) || defined(JN_HARDWARE_FNUZ)
+// One instruction, whose format is the target's own flavour.
+#if defined(JN_HARDWARE_FN)
+using NativeE4M3 = E4M3FN;
+using NativeE5M2 = E5M2;
+#else
+using NativeE4M3 = E4M3FNUZ;
+using NativeE5M2 = E5M2FNUZ;
+#endif
+JN_DEV u32 four_codes(NativeE4M3, float a, float b, float c, float d) {
+  return u32(__builtin_amdgcn_cvt_pk_fp8_f32(c, d, __builtin_amdgcn_cvt_pk_fp8_f32(a, b, 0, false), true));
+}
+JN_DEV u32 four_codes(NativeE5M2, float a, float b, float c, float d) {
+  return u32(__builtin_amdgcn_cvt_pk_bf8_f32(c, d, __builtin_amdgcn_cvt_pk_bf8_f32(a, b, 0, false), true));
+}
+#endif
+
+// Two fp4 codes in a byte, the first in the low half.
+JN_DEV u32 two_fp4(float a, float b) {
+#if defined(__gfx950__)
+  return __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(0u, a, b, 1.f, 0) & 0xffu;
+#else
+  return fp4_bits(a) | fp4_bits(b) << 4;
+#endif
+}
+JN_DEV u32 eight_fp4(const float (&f)[8]) {
+#if defined(__gfx950__)
+  u32 w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(0u, f[0], f[1], 1.f, 0);
+  w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[2], f[3], 1.f, 1);
+  w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[4], f[5], 1.f, 2);
+  return __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[6], f[7], 1.f, 3);
+#else
+  return two_fp4(f[0], f[1]) | two_fp4(f[2], f[3]) << 8 | two_fp4(f[4], f[5]) << 16 | two_fp4(f[6], f[7]) << 24;
+#endif
+}
+
+// The codes of V consecutive values as they lie in memory. A single fp4 value fills half a byte: see store_codes.
+template <class F, int V> JN_DEV Bits<F::bits * V / 8> encode(const float (&f)[V]) {
+  Bits<F::bits * V / 8> out;
+  if constexpr (F::bits == 4) {
+    if constexpr (V == 8)
+      out.word[0] = eight_fp4(f);
+    else if constexpr (V == 4)
+      out.half = u16(two_fp4(f[0], f[1]) | two_fp4(f[2], f[3]) << 8);
+    else
+      out.byte = u8(two_fp4(f[0], f[1]));
+  } else if constexpr (V >= 4) {
+#pragma unroll
+    for (int i = 0; i < V / 4; ++i)
+      out.word[i] = four_codes(F{}, f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3]);
+  } else if constexpr (V == 2) {
+    out.half = u16(four_codes(F{}, f[0], f[1], 0.f, 0.f));
+  } else {
+    out.byte = u8(four_codes(F{}, f[0], 0.f, 0.f, 0.f));
+  }
+  return out;
+}
+
+}  // namespace jaxnorm

@@ -1,0 +1,547 @@
+// Quantising epilogue of the row kernels: z = y * smooth; a = max|z| over the row or a group, NaN wins; s = a / top or a
+// power of two; code = round(z / s).
+//
+// A thread keeps z of its register slots in float32 between the maximum and the codes; slots that wait in shared memory
+// or are read again give z twice. A maximum has the same bits in any order, so only the sum of the norm (reduce.h) needs
+// a fixed one.
+#pragma once
+#include "jaxnorm/formats.h"
+#include "jaxnorm/rows.h"
+
+namespace jaxnorm {
+
+enum class Exponent { kNone, kUp, kDown, kEven };  // kNone: a float32 scale, else the rounding of an e8m0 scale
+enum class Layout { kRow, kColumn, kShuffled };
+
+// GROUP: features that share a scale, 0 = all of the row. BOUNDED: the maximum has an upper bound.
+template <class Code_, int GROUP_, Exponent EXPONENT_, Layout LAYOUT_, bool STATIC_, bool BOUNDED_> struct QuantSpec {
+  using Code = Code_;
+  static constexpr int GROUP = GROUP_;
+  static constexpr Exponent EXPONENT = EXPONENT_;
+  static constexpr Layout LAYOUT = LAYOUT_;
+  static constexpr bool STATIC = STATIC_, BOUNDED = BOUNDED_, POWER = EXPONENT != Exponent::kNone;
+  // A scale that came from the maximum itself keeps |z / s| within half a code of the top.
+  static constexpr bool overflows = STATIC || BOUNDED || EXPONENT == Exponent::kDown || EXPONENT == Exponent::kEven;
+  static constexpr bool clips = overflows && !Saturates<Code>::value;
+};
+
+// ---- maxima
+
+// The larger of two values without sign, or NaN.
+JN_DEV float max_or_nan(float a, float b) {
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  const u32 x = f32_bits(a), y = f32_bits(b);  // ordered like the values, NaN above infinity
+  return bits_f32(x > y ? x : y);
+#endif
+}
+JN_DEV float magnitude(float f) {
+#if defined(JN_NVIDIA)
+  return fabsf(f);
+#else
+  return __builtin_fabsf(f);
+#endif
+}
+template <int V> JN_DEV float chunk_max(const float (&f)[V]) {
+  float a = magnitude(f[0]);
+#pragma unroll
+  for (int i = 1; i < V; ++i) a = max_or_nan(a, magnitude(f[i]));
+  return a;
+}
+// Over each aligned run of LANES lanes; all of them get it.
+template <int LANES> JN_DEV float lanes_max(float v) {
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
+  if constexpr (LANES == 32) {
+    u32 r;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(f32_bits(v)));
+    return bits_f32(r);
+  }
+#endif
+  if constexpr (LANES > 1)
+    return lanes_max<LANES / 2>(max_or_nan(v, shfl_xor<LANES / 2>(v)));
+  else
+    return v;
+}
+
+// ---- scales
+
+// z / s correctly rounded, from r = 1 / s correctly rounded: no underflow on the way for 2^-100 <= s <= 2^126, except
+// of quotients that every format rounds to zero. The sign of a zero is z's. tests/test_hip_quant_simt.py proves it.
+JN_DEV float quotient(float z, float s, float r) {
+  const float q = z * r;
+  return fused_multiply_add(fused_multiply_add(q, s, -z), -r, q);
+}
+JN_DEV float reciprocal(float s) {
+#if defined(JN_NVIDIA)
+  float r;
+  asm("rcp.rn.f32 %0, %1;" : "=f"(r) : "f"(s));
+  return r;
+#else
+  return 1.f / s;
+#endif
+}
+
+constexpr float kLargest = 0x1.fffffep127f;
+// Comparisons, because they let NaN through.
+JN_DEV float clip(float v, float top) {
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(top));
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(-top));
+  return v;
+#else
+  return v > top ? top : v < -top ? -top : v;
+#endif
+}
+
+// What the values of a group are divided by.
+template <class Q> struct Scale {
+  using Code = typename Q::Code;
+  float s, r;   // e8m0: r alone, a power of two
+  bool direct;  // quotient() can take s as it is
+  u32 stored;   // float32 bits, or the exponent
+
+  static JN_DEV Scale of_max(float a, float bound) {
+    if constexpr (Q::BOUNDED) a = a > bound ? bound : a;
+    Scale scale;
+    if constexpr (Q::POWER) {
+      const u32 e = exponent(a);
+      scale.stored = e;
+      scale.r = bits_f32(e == 255 ? 0x7fc00000u : e == 254 ? 0x00400000u : (254 - e) << 23);
+      scale.s = 1.f, scale.direct = true;
+    } else {
+      constexpr float top = Code::top, inverse = 1.f / top;
+      float s;
+      if (a >= 0x1p-90f && a <= kLargest)
+        s = quotient(a, top, inverse);
+      else
+        s = a / top;
+      s = s < 0x1p-126f ? 1.f : s;
+      scale.stored = f32_bits(s);
+      scale.direct = s >= 0x1p-100f && s <= kLargest;
+      scale.s = scale.direct || !(s <= kLargest) ? s : s * 0x1p64f;
+      scale.r = reciprocal(scale.s);
+    }
+    return scale;
+  }
+  static JN_DEV Scale fixed(const float* s) {
+    Scale scale;
+    scale.s = *s, scale.r = reciprocal(scale.s), scale.stored = 0;
+    scale.direct = scale.s >= 0x1p-100f && scale.s <= 0x1p100f;
+    return scale;
+  }
+  static constexpr u32 one = Q::POWER ? 127u : 0x3f800000u;  // of a group of zeros
+
+  JN_DEV void divide(float& z) const {
+    if constexpr (Q::POWER) {
+      z *= r;
+    } else if constexpr (Q::STATIC || Q::BOUNDED) {  // the quotient may overflow
+      constexpr float top = 2 * Code::top;
+      const float q = clip(z * r, top);
+      z = fused_multiply_add(fused_multiply_add(q, s, -z), -r, q);
+    } else {
+      z = quotient(z, s, r);
+    }
+  }
+  // z / s, clipped where it can lie outside of the format
+  template <int V> JN_DEV void apply(float (&z)[V]) const {
+    if (Q::STATIC && !direct) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] = z[i] / s;
+    } else {
+      if (!Q::POWER && !direct) {  // tiny: s has been lifted too; or s is not finite
+#pragma unroll
+        for (int i = 0; i < V; ++i) z[i] *= 0x1p64f;
+      }
+#pragma unroll
+      for (int i = 0; i < V; ++i) divide(z[i]);
+      if (Code::integer && !Q::STATIC && !direct && !(s <= kLargest)) {  // no code for NaN
+#pragma unroll
+        for (int i = 0; i < V; ++i) z[i] = 0.f;
+      }
+    }
+    if constexpr (Q::clips) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] = clip(z[i], Code::top);
+    }
+    if constexpr (Code::integer && Q::STATIC) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] = z[i] == z[i] ? z[i] : 0.f;
+    }
+  }
+
+ private:
+  static JN_DEV u32 exponent(float a) {
+    constexpr float inverse = 1.f / Code::top;
+    const float t = a * inverse;
+    const u32 bits = f32_bits(Q::EXPONENT == Exponent::kUp ? t : a);
+    int e;
+    if constexpr (Q::EXPONENT == Exponent::kUp)
+      e = int(bits >> 23) + ((bits & 0x7fffffu) != 0);
+    else if constexpr (Q::EXPONENT == Exponent::kDown)
+      e = int(bits >> 23) - Code::top_exponent;
+    else
+      e = int((bits + (1u << (22 - Code::MANTISSA))) >> 23) - Code::top_exponent;
+    e = max_of(1, min_of(254, e));
+    if (t < 0x1p-126f) e = 127;
+    return a <= kLargest ? u32(e) : 255u;
+  }
+};
+
+// ---- where scales and codes go
+
+template <class S, class Q, int P_> struct QuantStore {
+  static constexpr int V = S::V, P = P_, BITS = Q::Code::bits, ROW_BYTES = P * BITS / 8;
+  static constexpr int GROUPS = Q::GROUP ? P / (Q::GROUP ? Q::GROUP : 1) : 1, WIDTH = ceil_div(GROUPS, 8) * 8;
+  char* values;
+  char* scale;
+  u64 rows, scale_rows;
+
+  JN_DEV void store_codes(u64 row, u32 lane, int k, bool has, const float (&q)[V]) const {
+    char* to = values + row * ROW_BYTES + k * (S::STEP * BITS / 8);
+    if constexpr (BITS == 4 && V == 1) {  // the neighbour's code shares the byte
+      const float other = shfl_xor<1>(has ? q[0] : 0.f);
+      if (has && lane % 2 == 0) store_bits(to + lane / 2, Bits<1>{u8(two_fp4(q[0], other))});
+    } else {
+      if (has) store_bits(to + lane * (V * BITS / 8), encode<typename Q::Code, V>(q));
+    }
+  }
+
+  JN_DEV static u64 shuffled(u64 m, u32 j) {
+    return m / 32 * (WIDTH * 32) + j / 8 * 256 + j % 4 * 64 + m % 16 * 4 + j % 8 / 4 * 2 + m % 32 / 16;
+  }
+  JN_DEV void store_scale(u64 row, u32 j, u32 bits) const {
+    const u64 at = Q::LAYOUT == Layout::kRow      ? row * GROUPS + j
+                   : Q::LAYOUT == Layout::kColumn ? j * rows + row
+                                                  : shuffled(row, j);
+    if constexpr (Q::POWER)
+      ((u8*)scale)[at] = u8(bits);
+    else
+      ((u32*)scale)[at] = bits;
+  }
+
+  // Columns N .. P - 1 are zeros; a group of nothing else has scale 1.
+  JN_DEV void finish_row(u64 row, u32 lane) const {
+    if constexpr (P > S::N) {
+      char* to = values + row * ROW_BYTES;
+      if constexpr (BITS == 4 && V == 1) {
+        for (u32 i = (S::N + 1) / 2 + lane; i < u32(P / 2); i += S::LANES) to[i] = 0;
+      } else {
+#pragma unroll 1
+        for (u32 column = S::N + lane * V; column < u32(P); column += S::STEP)
+          store_bits(to + column * BITS / 8, zero_bits<V * BITS / 8>());
+      }
+    }
+    if constexpr (!Q::STATIC && Q::GROUP > 0) {
+      constexpr int filled = ceil_div(S::N, Q::GROUP ? Q::GROUP : 1);
+      if constexpr (filled < GROUPS)
+        for (u32 j = filled + lane; j < u32(GROUPS); j += S::LANES) store_scale(row, j, Scale<Q>::one);
+      if constexpr (Q::LAYOUT == Layout::kShuffled && GROUPS < WIDTH)
+        for (u32 j = GROUPS + lane; j < u32(WIDTH); j += S::LANES) store_scale(row, j, 0x7f);
+    }
+  }
+
+  // Shuffled scales: rows from `rows` up hold 0x7f. All threads of the launch share the work, 16 bytes at a time: column
+  // j or j + 4 of four rows and of those 16 below.
+  JN_DEV void pad_rows() const {
+    if constexpr (Q::LAYOUT == Layout::kShuffled && !Q::STATIC) {
+      constexpr u32 units = WIDTH * 2;  // of a block of 32 rows
+      const u64 blocks = (rows + S::GROUPS * S::UNROLL - 1) / (S::GROUPS * S::UNROLL);
+      const u64 first = rows / 32 * units, end = scale_rows / 32 * units;
+      if (linear_block() >= blocks) return;
+      for (u64 i = first + linear_block() * S::THREADS + thread_id(); i < end; i += blocks * S::THREADS) {
+        const u64 row = i / units * 32 + i % 4 * 4;
+        u8* to = (u8*)scale + i * 16;
+        if (row >= rows) {
+          const u32 pad = 0x7f7f7f7fu;
+          store_bits((char*)to, Bits<16>{{pad, pad, pad, pad}});
+        } else {
+#pragma unroll 1
+          for (u32 byte = 0; byte < 16; ++byte)
+            if (row + byte / 4 + byte % 2 * 16 >= rows) to[byte] = 0x7f;
+        }
+      }
+    }
+  }
+};
+
+// ---- from n to z
+
+// z = y * smooth, y = normalised * (weight + offset) as in WeightedStore; y is kept too if Y is a type.
+template <class S, class X, class W, class M, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY> struct Weighted {
+  static constexpr int V = S::V;
+  const char* weight;
+  const char* smooth;
+  char* y;
+  float offset;
+  Chunk<W, V> early_weight[EARLY ? S::REGS : 1];
+  Chunk<M, V> early_smooth[EARLY ? S::REGS : 1];
+
+  template <class T> static JN_DEV Chunk<T, V> fetch(const char* from, int k, u32 lane) {
+    return load_chunk<T, V, false>(from + lane * (V * T::size) + k * S::STEP * T::size);
+  }
+  JN_DEV void issue(u32 lane) {
+    if constexpr (EARLY) {
+#pragma unroll
+      for (int k = 0; k < S::REGS; ++k) {
+        early_weight[k] = Chunk<W, V>{};
+        early_smooth[k] = Chunk<M, V>{};
+        if (!S::has(k, lane)) continue;
+        if constexpr (W::size > 0) early_weight[k] = fetch<W>(weight, k, lane);
+        if constexpr (M::size > 0) early_smooth[k] = fetch<M>(smooth, k, lane);
+      }
+    }
+  }
+  // REGISTER: k is a register slot, known to the compiler. FINAL: the last time that this chunk comes by.
+  template <bool REGISTER, bool FINAL> JN_DEV void z(u64 row, u32 lane, int k, bool has, float (&f)[V]) const {
+    constexpr bool early = EARLY && REGISTER;
+    if constexpr (BEFORE) widen<X, V>(narrow<X, V>(f), f);
+    if constexpr (W::size > 0) {
+      Chunk<W, V> bits{};
+      if constexpr (early)
+        bits = early_weight[k];
+      else if (has)
+        bits = fetch<W>(weight, k, lane);
+      float w[V];
+      widen<W, V>(bits, w);
+#pragma unroll
+      for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
+    }
+    if constexpr (FINAL && Y::size > 0) {
+      if (has) store_bits(y + (row * P + lane * V) * Y::size + k * S::STEP * Y::size, narrow<Y, V>(f));
+    }
+    if constexpr (M::size > 0) {
+      Chunk<M, V> bits{};
+      if constexpr (early)
+        bits = early_smooth[k];
+      else if (has)
+        bits = fetch<M>(smooth, k, lane);
+      float m[V];
+      widen<M, V>(bits, m);
+#pragma unroll
+      for (int i = 0; i < V; ++i) f[i] *= m[i];
+    }
+  }
+  JN_DEV void finish_row(u64 row, u32 lane) const {
+    if constexpr (Y::size > 0 && P > S::N) {
+#pragma unroll 1
+      for (u32 column = S::N + lane * V; column < u32(P); column += S::STEP)
+        store_bits(y + (row * P + column) * Y::size, zero_bits<Y::size * V>());
+    }
+  }
+};
+
+// Quantisation alone: y = x.
+template <class S> struct NoNorm {
+  struct State {};
+  template <class R> JN_DEV State statistics(R& row, float*) const {
+#pragma unroll
+    for (int k = 0; k < S::REGS; ++k) {
+      float f[S::V];
+      row.source.values(row.raw[k], f);
+      row.kept[k] = row.source.keep(row.raw[k], f);
+    }
+    if constexpr (S::SHARED > 0) async_wait<0>();
+    return State{};
+  }
+  static JN_DEV float apply(const State&, float n) { return n; }
+};
+
+// ---- one row
+
+template <class S, class Q, class Source, class Norm, class Weights, class Store> struct QuantRow {
+  using OneRow = Row<S, Source>;
+  using Stashed = typename OneRow::Stashed;
+  static constexpr int V = S::V, REGS = S::REGS, LANES = S::LANES, SLOTS = S::REGS + S::SHARED;
+  // Chunks of a group; 0 = the row is the group. A group lies within the lanes of a slot, or it is several slots of a
+  // wave, or the waves must meet in shared memory.
+  static constexpr int GROUP = Q::GROUP / V, VIRTUAL_WAVES = ceil_div(S::CHUNKS, kWave);
+  static constexpr bool whole = Q::GROUP == 0, in_wave = S::Sum::in_wave, in_slot = GROUP <= min_of(LANES, kWave);
+  static constexpr int entries = Q::STATIC || in_wave ? 0 : whole ? LANES / kWave : in_slot ? 0 : VIRTUAL_WAVES;
+  static constexpr int bytes = ceil_div(entries, 4) * 16;  // of shared memory for maxima
+
+  OneRow& row;
+  const Norm& norm;
+  const Weights& weights;
+  const Store& store;
+  float* maxima;
+  typename Norm::State state;
+
+  template <bool REGISTER, bool FINAL> JN_DEV void to_z(int k, float (&f)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) f[i] = norm.apply(state, f[i]);
+    weights.template z<REGISTER, FINAL>(row.row, row.lane, k, row.has(k), f);
+  }
+  JN_DEV void encode_slot(int k, float (&z)[V], const Scale<Q>& scale) const {
+    scale.apply(z);
+    store.store_codes(row.row, row.lane, k, row.has(k), z);
+  }
+  JN_DEV float slot_max(int k, const float (&z)[V]) const { return row.has(k) ? chunk_max(z) : 0.f; }
+
+  // use(k, z) for every chunk behind the register slots. All lanes come along, because use may shuffle. FINAL: the chunk
+  // is not looked at again.
+  template <bool FINAL, class Use> JN_DEV void each_late(Use use) const {
+#pragma unroll 2
+    for (int k = REGS; k < SLOTS; ++k) {
+      float f[V] = {};
+      if (row.has(k))
+        row.source.values(Stashed::read(row.stash + (k - REGS) * Stashed::footprint, row.lane), f);
+      to_z<false, FINAL>(k, f);
+      use(k, f);
+    }
+#pragma unroll 2
+    for (int k = SLOTS; k < S::PER; ++k) {
+      float f[V] = {};
+      if (row.has(k)) {
+        row.source.values(row.source.fetch(row.start, k * S::STEP), f);
+        if (FINAL) row.source.settle(f, row.start, k * S::STEP);
+      }
+      to_z<false, FINAL>(k, f);
+      use(k, f);
+    }
+  }
+
+  JN_DEV void run(const float* static_scale, float bound) const {
+    float z[REGS][V];
+#pragma unroll
+    for (int k = 0; k < REGS; ++k) {
+      row.source.kept_values(row.kept[k], z[k]);
+      to_z<true, true>(k, z[k]);
+    }
+    if constexpr (Q::STATIC) {
+      encode_all(z, Scale<Q>::fixed(static_scale));
+    } else if constexpr (whole) {
+      const Scale<Q> scale = Scale<Q>::of_max(row_max(z), bound);
+      if (row.active && row.lane == 0) store.store_scale(row.row, 0, scale.stored);
+      encode_all(z, scale);
+    } else if constexpr (in_slot) {
+#pragma unroll
+      for (int k = 0; k < REGS; ++k) encode_group(k, z[k], lanes_max<GROUP>(slot_max(k, z[k])), bound);
+      each_late<true>([&](int k, float (&f)[V]) { encode_group(k, f, lanes_max<GROUP>(slot_max(k, f)), bound); });
+    } else if constexpr (in_wave) {
+      constexpr int run = max_of(1, GROUP / LANES);  // slots of a group
+      float a[REGS];
+#pragma unroll
+      for (int k = 0; k < REGS; ++k) {
+        a[k] = slot_max(k, z[k]);
+        if (k % run > 0) a[k] = max_or_nan(a[k], a[k - 1]);
+      }
+#pragma unroll
+      for (int k = 0; k < REGS; ++k) {
+        constexpr int last = REGS - 1;
+        const int end = min_of(k / run * run + run - 1, last);
+        encode_group(k, z[k], lanes_max<LANES>(a[end]), bound);
+      }
+    } else {
+      const u32 wave = row.lane / kWave;
+      auto put = [&](int k, float (&f)[V]) {
+        const float a = lanes_max<kWave>(slot_max(k, f));
+        const u32 entry = k * (LANES / kWave) + wave;
+        if (row.lane % kWave == 0 && entry < u32(VIRTUAL_WAVES)) maxima[entry] = a;
+      };
+#pragma unroll
+      for (int k = 0; k < REGS; ++k) put(k, z[k]);
+      each_late<false>(put);
+      barrier();
+#pragma unroll
+      for (int k = 0; k < REGS; ++k) encode_group(k, z[k], entries_max(k), bound);
+      each_late<true>([&](int k, float (&f)[V]) { encode_group(k, f, entries_max(k), bound); });
+    }
+    if (!row.active) return;
+    store.finish_row(row.row, row.lane);
+    weights.finish_row(row.row, row.lane);
+  }
+
+ private:
+  JN_DEV void encode_all(float (&z)[REGS][V], const Scale<Q>& scale) const {
+#pragma unroll
+    for (int k = 0; k < REGS; ++k) encode_slot(k, z[k], scale);
+    each_late<true>([&](int k, float (&f)[V]) { encode_slot(k, f, scale); });
+  }
+  JN_DEV void encode_group(int k, float (&z)[V], float a, float bound) const {
+    const Scale<Q> scale = Scale<Q>::of_max(a, bound);
+    const u32 chunk = k * LANES + row.lane;
+    if (row.has(k) && chunk % GROUP == 0) store.store_scale(row.row, chunk / GROUP, scale.stored);
+    encode_slot(k, z, scale);
+  }
+  JN_DEV float row_max(const float (&z)[REGS][V]) const {
+    float a = slot_max(0, z[0]);
+#pragma unroll
+    for (int k = 1; k < REGS; ++k) a = max_or_nan(a, slot_max(k, z[k]));
+    each_late<false>([&](int k, float (&f)[V]) { a = max_or_nan(a, slot_max(k, f)); });
+    a = lanes_max<min_of(LANES, kWave)>(a);
+    if constexpr (!in_wave) {
+      constexpr int waves = LANES / kWave, slots = next_power_of_2(waves);
+      if (row.lane % kWave == 0) maxima[row.lane / kWave] = a;
+      barrier();
+      if constexpr (waves <= 8) {
+        a = maxima[0];
+#pragma unroll
+        for (int i = 1; i < waves; ++i) a = max_or_nan(a, maxima[i]);
+      } else {
+        const u32 i = row.lane % slots;
+        a = lanes_max<slots>(i < u32(waves) ? maxima[i] : 0.f);
+      }
+    }
+    return a;
+  }
+  // The group of slot k from the maxima of the virtual waves.
+  JN_DEV float entries_max(int k) const {
+    constexpr u32 run = max_of(1, GROUP / kWave);
+    const u32 first = (k * (LANES / kWave) + row.lane / kWave) / run * run;
+    float a = 0.f;
+    for (u32 i = first; i < first + run && i < u32(VIRTUAL_WAVES); ++i) a = max_or_nan(a, maxima[i]);
+    return a;
+  }
+};
+
+// ---- the kernel
+
+template <class S, class Q, class Source, class Norm, class Weights, class Store>
+JN_DEV void quantise_rows(const Source& source, const Norm& norm, Weights weights, const Store& store,
+                          const float* static_scale, float bound) {
+  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
+            group = S::GROUPS > 1 ? thread / S::LANES : 0;
+  using Work = QuantRow<S, Q, Source, Norm, Weights, Store>;
+  using OneRow = typename Work::OneRow;
+  float* sums = (float*)shared_memory();
+  float* maxima = (float*)(shared_memory() + S::Sum::bytes);
+  unsigned char* stash = shared_memory() + S::Sum::bytes + Work::bytes;
+  const u64 rows = store.rows, first = linear_block() * (S::GROUPS * S::UNROLL) + group;
+
+  auto make = [&](int u) {
+    const u64 row = first + u * S::GROUPS;
+    return OneRow{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
+  };
+  auto finish = [&](OneRow& row) {
+    const auto state = norm.statistics(row, sums);
+    Work{row, norm, weights, store, maxima, state}.run(static_scale, bound);
+  };
+  OneRow a = make(0);
+  if constexpr (S::UNROLL == 1) {
+    if (!S::Sum::in_wave && a.row >= rows) return;  // the whole block
+    a.issue();
+    weights.issue(lane);
+    store.pad_rows();
+    finish(a);
+  } else {
+    static_assert(S::UNROLL == 2 || S::UNROLL == 4, "rows at a time");
+    OneRow b = make(1);
+    if constexpr (S::UNROLL == 4) {
+      OneRow c = make(2), d = make(3);
+      a.issue(), b.issue(), c.issue(), d.issue();
+      weights.issue(lane);
+      store.pad_rows();
+      finish(a), finish(b), finish(c), finish(d);
+    } else {
+      a.issue(), b.issue();
+      weights.issue(lane);
+      store.pad_rows();
+      finish(a), finish(b);
+    }
+  }
+}
+
+}  // namespace jaxnorm

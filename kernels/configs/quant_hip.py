@@ -1,0 +1,281 @@
+"""Launches of the quantising stages through ``csrc/kernels/quant.hip``.
+
+Rows are spread and kept as for ``rmsnorm_fwd`` (``rmsnorm_hip``); the difference is that a thread holds a chunk as float32 while the
+maximum is found. The sum of a row has the bits of ``rmsnorm_fwd`` with the same operands, and no plan changes them. The figures
+follow from registers and threads, like those of ``rmsnorm_hip``; for AMD targets they are compiled and inspected only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
+from .rmsnorm_hip import (
+    MAX_FEATURES,
+    MAX_THREADS,
+    TYPES,
+    Constants,
+    Forward,
+    _ceil,
+    _grid,
+    _itemsize,
+    _registers,
+    _round_up,
+    _row_registers,
+    _sum_bytes,
+    _type,
+)
+
+SOURCE = "quant.hip"
+STAGES = ("rmsnorm_quant_fwd", "quantize_fwd")
+CODES = {
+    "int8": "Int8",
+    "float8_e4m3fn": "E4M3FN",
+    "float8_e4m3fnuz": "E4M3FNUZ",
+    "float8_e5m2": "E5M2",
+    "float8_e5m2fnuz": "E5M2FNUZ",
+    "fp4": "FP4",
+}
+EXPONENTS = {"up": "kUp", "down": "kDown", "even": "kEven"}
+LAYOUTS = {"row": "kRow", "column": "kColumn", "shuffled": "kShuffled"}
+SMALLEST_GROUP = 16
+FLOATS = ("x", "residual", "weight", "smooth_scale", "y", "residual_out")
+
+
+def plan(problem: Problem) -> tuple[Launch, ...]:
+    """The one launch that computes ``problem``.
+
+    Raises:
+      Unsupported: another stage, no rows, another dtype, more features than the kernels count, or a group that is neither a power
+        of two from 16 up nor the whole row.
+    """
+    _check(problem)
+    return (_launch(problem, _forward(problem)),)
+
+
+def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
+    """Other tunings of the same computation, the plan first, for a benchmark to sweep. All of them give the same results."""
+    _check(problem)
+    return [(_launch(problem, c),) for c in dict.fromkeys([_forward(problem), *_candidates(problem)])]
+
+
+def _check(problem: Problem) -> None:
+    if problem.stage not in STAGES:
+        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
+    if problem.rows < 1:
+        raise Unsupported("there are no rows to launch a kernel for.")
+    if problem.features > MAX_FEATURES:
+        raise Unsupported(f"N={problem.features} is beyond the {MAX_FEATURES} features that the kernels count.")
+    for name in FLOATS:
+        if problem.has(name) and problem.dtype(name) not in TYPES:
+            raise Unsupported(f"{name} is {problem.dtype(name)}; the kernels read and write {', '.join(TYPES)}.")
+    spec = problem.option("spec")
+    if spec.dtype not in CODES:
+        raise Unsupported(f"{spec.dtype} is none of the formats {', '.join(CODES)}.")
+    group, width = spec.group_size, padded(problem)
+    if group is not None and _group(problem) and (group < SMALLEST_GROUP or group & (group - 1) or width % group):
+        raise Unsupported(
+            f"group_size={group} of {width} features: the kernels take powers of two from {SMALLEST_GROUP} up that divide the row."
+        )
+
+
+def padded(problem: Problem) -> int:
+    """P"""
+    width = problem.shape("values")[-1]
+    return 2 * width if problem.option("spec").dtype == "fp4" else width
+
+
+def _group(problem: Problem) -> int:
+    """Features of a group; 0 for the whole row."""
+    spec = problem.option("spec")
+    group = spec.group_size
+    return 0 if group is None or (group == padded(problem) and spec.scale_layout != "shuffled") else group
+
+
+def vector(problem: Problem) -> int:
+    """Elements of a chunk, as ``rmsnorm_hip.vector`` for the same x, residual, weight and y: the row sum depends on it."""
+    v = 16 // min(ITEMSIZE[problem.dtype(n)] for n in ("x", "residual", "weight", "y") if problem.has(n))
+    while problem.features % v or padded(problem) % v:
+        v //= 2
+    return v
+
+
+def _chunk_bytes(problem: Problem) -> int:
+    return vector(problem) * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+
+
+def _factor_words(problem: Problem) -> int:
+    """Registers of a chunk of weight and smooth scale."""
+    return vector(problem) * (_itemsize(problem, "weight") + _itemsize(problem, "smooth_scale")) // 4
+
+
+def _words(problem: Problem) -> int:
+    """Registers of a chunk that waits: z in float32, or the bits as loaded if those are more."""
+    return max(vector(problem), _chunk_bytes(problem) // 4, 1)
+
+
+def _forward(problem: Problem) -> Forward:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, words = problem.features // v, _words(problem)
+    if chunks <= wave:
+        # Several short rows to a wave, two rows at a time per thread where there are enough of them to fill the device.
+        lanes = max(next_power_of_2(chunks), _fewest_lanes(problem))
+        unroll = max(1, min(2, 16 // words))
+        if problem.rows * lanes < unroll * compute_units(problem.target) * 1024:
+            unroll = 1
+        return Forward(lanes, max(1, 128 // lanes), unroll, regs=1, early=True)
+    # 16 registers of row a thread for plenty of rows, at most 512 threads then; with few rows one chunk a thread.
+    lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, 16 // words)), wave)))
+    if lanes == 512 and chunks > 512 * _room(problem):
+        lanes = MAX_THREADS
+    room = compute_units(problem.target) * 1024
+    while lanes < min(MAX_THREADS, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
+        lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
+    return _one_wave(problem) if lanes <= wave else _with_storage(problem, Forward(lanes))
+
+
+def _fewest_lanes(problem: Problem) -> int:
+    """Two lanes for fp4 in chunks of one element: they share a byte."""
+    return 2 if problem.option("spec").dtype == "fp4" and vector(problem) == 1 else 1
+
+
+def _one_wave(problem: Problem, groups: int = 0) -> Forward:
+    wave = wave_size(problem.target)
+    per, groups = _ceil(problem.features // vector(problem), wave), groups or max(1, 128 // wave)
+    return Forward(wave, groups, regs=per, early=per <= 2, min_blocks=_min_blocks(problem, wave * groups, per))
+
+
+def _room(problem: Problem) -> int:
+    """Chunks a thread of 512 can keep on chip with two blocks on a compute unit."""
+    shared = shared_memory(problem.target) // 2 - 4096
+    return _row_registers(problem) // _words(problem) + shared // (_chunk_bytes(problem) * 512)
+
+
+def _with_storage(problem: Problem, c: Forward) -> Forward:
+    """Fills in where the chunks of a multi-wave row wait, and how many blocks the compiler must leave registers for."""
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, words = problem.features // v, _words(problem)
+    per = _ceil(chunks, c.lanes)
+    limit = _row_registers(problem)
+    # Less where the rest of the row comes by beside the slots.
+    regs = min(per, max(1, (limit if per * words <= limit else limit // 2) // words))
+    blocks = 2 if c.lanes <= 512 else 1
+    free = shared_memory(problem.target) // blocks - 1024 - _fixed_bytes(problem, c.lanes)
+    shared = min(per - regs, max(0, free // (_chunk_bytes(problem) * c.lanes)))
+    if v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4 and wave == 32:
+        shared = 0  # 2-byte pieces cannot be copied asynchronously
+    early = regs * _factor_words(problem) <= 8
+    return replace(c, regs=regs, shared=shared, early=early, min_blocks=_min_blocks(problem, c.lanes, regs))
+
+
+def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
+    """Blocks on a compute unit that the compiler must leave registers for; AMD's register files need no asking."""
+    if not problem.target.startswith("sm_"):
+        return 1
+    need = regs * _words(problem) + max(32, 24 + min(2, regs) * _factor_words(problem))
+    fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
+    return max(fitting, default=1)
+
+
+def _fixed_bytes(problem: Problem, lanes: int) -> int:
+    """Shared memory for the sum and the maxima: RowSum::bytes and QuantRow::bytes."""
+    wave, chunks = wave_size(problem.target), problem.features // vector(problem)
+    if lanes <= wave:
+        return 0
+    group = _group(problem) // vector(problem)
+    if problem.has("static_scale") or 0 < group <= wave:
+        entries = 0
+    else:
+        entries = _ceil(chunks, wave) if group else lanes // wave
+    return _sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16
+
+
+def _candidates(problem: Problem) -> Iterator[Forward]:
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks, words = problem.features // v, _words(problem)
+    if chunks <= wave:
+        lanes = next_power_of_2(chunks)
+        while lanes >= 4:
+            per = _ceil(chunks, lanes)
+            for threads in (64, 128, 256):
+                for unroll in (1, 2, 4):
+                    if threads >= lanes and per * unroll * words <= 32:
+                        yield Forward(lanes, threads // lanes, unroll, regs=per, early=True)
+            lanes //= 2
+        return
+    for lanes in range(wave, MAX_THREADS + 1, wave):
+        per = _ceil(chunks, lanes)
+        if lanes > wave and _ceil(chunks, lanes - wave) == per:
+            continue  # the same chunks a thread with fewer threads
+        if lanes == wave:
+            if per * words <= 64:
+                bases = [_one_wave(problem, groups) for groups in (1, 2, 4, 8)]
+                yield from (replace(b, early=early) for b in bases for early in (False, True))
+            continue
+        if (lanes < 512 and per * words > 64) or per in (5, 7) or 8 < per < 16:
+            continue
+        base = _with_storage(problem, Forward(lanes))
+        yield from (replace(base, early=early) for early in (False, True))
+        yield from (replace(base, min_blocks=b) for b in (max(1, base.min_blocks - 1), base.min_blocks + 1, 1))
+        room = (shared_memory(problem.target) - 4096) // (_chunk_bytes(problem) * lanes)
+        for regs in {base.regs // 2, base.regs * 2} if per * words > 16 else ():
+            if 1 <= regs <= per and regs * words <= 64 and per - regs <= room:
+                yield replace(base, regs=regs, shared=per - regs, min_blocks=1)
+
+
+def _spec_constants(problem: Problem) -> Constants:
+    spec = problem.option("spec")
+    return (
+        ("JN_CODE", CODES[spec.dtype]),
+        ("JN_GROUP", _group(problem)),
+        ("JN_EXPONENT", EXPONENTS[spec.e8m0_rounding] if spec.scale_dtype == "e8m0" else "kNone"),
+        ("JN_LAYOUT", LAYOUTS[spec.scale_layout]),
+        ("JN_STATIC", problem.has("static_scale")),
+        ("JN_BOUNDED", spec.scale_ub is not None),
+        ("JN_BOUND", float(spec.scale_ub or 0.0)),
+    )
+
+
+def _norm_constants(problem: Problem) -> Constants:
+    residual, offset = problem.has("residual"), float(problem.option("weight_offset"))
+    return (
+        ("JN_RESIDUAL", _type(problem, "residual")),
+        ("JN_WEIGHT", _type(problem, "weight")),
+        ("JN_Y", _type(problem, "y")),
+        ("JN_HAS_RESIDUAL", residual),
+        ("JN_EPS", float(problem.option("eps"))),
+        ("JN_OFFSET", offset),
+        ("JN_HAS_OFFSET", offset != 0),
+        ("JN_BEFORE_WEIGHT", problem.option("cast") == "before_weight"),
+        ("JN_ROUND_RESIDUAL", residual and problem.option("residual_rounding") == "input"),
+    )
+
+
+def _launch(problem: Problem, c: Forward) -> Launch:
+    norm = problem.stage == "rmsnorm_quant_fwd"
+    constants: Constants = (
+        ("JN_N", problem.features),
+        ("JN_P", padded(problem)),
+        ("JN_V", vector(problem)),
+        ("JN_LANES", c.lanes),
+        ("JN_GROUPS", c.groups),
+        ("JN_UNROLL", c.unroll),
+        ("JN_REGS", c.regs),
+        ("JN_SHARED", c.shared),
+        ("JN_MIN_BLOCKS", c.min_blocks),
+        ("JN_EARLY", c.early),
+        ("JN_X", _type(problem, "x")),
+        ("JN_SMOOTH", _type(problem, "smooth_scale")),
+    )
+    tiles = problem.option("spec").scale_layout == "shuffled" and problem.has("scale")
+    return Launch(
+        kernel=f"{SOURCE}:{problem.stage}",
+        inputs=("x", "residual", "weight", "smooth_scale", "static_scale") if norm else ("x", "smooth_scale", "static_scale"),
+        outputs=("values", "scale", "residual_out", "y") if norm else ("values", "scale"),
+        grid=_grid(_ceil(problem.rows, c.groups * c.unroll)),
+        constants=constants + _spec_constants(problem) + (_norm_constants(problem) if norm else ()),
+        scalars=(("rows", "i64", problem.rows), ("scale_rows", "i64", problem.shape("scale")[0] if tiles else 0)),
+        threads=c.lanes * c.groups,
+        shared=_fixed_bytes(problem, c.lanes) + c.shared * _chunk_bytes(problem) * c.lanes,
+    )
