@@ -47,6 +47,7 @@ def expected_internals() -> list[str]:
         "TensorHandle",
         "_patch_lang",
         "_patch_lang_tensor",
+        "_patch_lang_core",
         "_get_np_dtype",
     ):
         if not hasattr(_triton_interpreter, name):
@@ -147,6 +148,15 @@ def _patch_tensor(tensor: Any, scope: Any, original: Callable[..., Any]) -> None
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _patch_core(lang: Any, scope: Any, original: Callable[..., Any]) -> None:
+    """The interpreter's table of types lacks the fnuz formats, though its builder has them."""
+    original(lang, scope)
+    known = tl.dtype.to_ir
+    rest = {"fp8e4b8": "get_fp8e4b8_ty", "fp8e5b16": "get_fp8e5b16_ty"}
+    new = lambda self, builder: getattr(builder, rest[self.name])() if self.name in rest else known(self, builder)  # noqa: E731
+    scope.set_attr(tl.dtype, "to_ir", new)
+
+
 class _Interpreting:
     """While open, ``fn`` and all it calls are interpreted; on leaving, ``triton.language`` is as it was.
 
@@ -177,9 +187,10 @@ class _Interpreting:
         for key in CASTS:
             old = getattr(interpreter_builder, key)
             self._set(functools.partial(setattr, interpreter_builder), key, old, _rounding_cast(old))
-        patch = _triton_interpreter._patch_lang_tensor
-        replacement = functools.partial(_patch_tensor, original=patch)
-        self._set(functools.partial(setattr, _triton_interpreter), "_patch_lang_tensor", patch, replacement)
+        for name, ours in (("_patch_lang_tensor", _patch_tensor), ("_patch_lang_core", _patch_core)):
+            patch = getattr(_triton_interpreter, name)
+            replacement = functools.partial(ours, original=patch)
+            self._set(functools.partial(setattr, _triton_interpreter), name, patch, replacement)
         self._swap_helpers()
 
     def _swap_helpers(self) -> None:
@@ -242,7 +253,7 @@ def run(
         # An absent buffer gets one poisoned element: to read it shows, to write it is caught.
         absent = {name: Guarded((1,), np.float32) for name in (*step.inputs, *step.outputs) if name not in buffers}
         everything = buffers | absent
-        pointer = lambda name: everything[name].array  # noqa: B023, E731
+        pointer = lambda name: _bytes_of_fp8(everything[name].array)  # noqa: B023, E731
         args = [*map(pointer, step.inputs), *(v for _, _, v in step.scalars), *map(pointer, step.outputs)]
         launch(compiler.function(step), step.grid, args, dict(step.constants))
         for name, guarded in everything.items():
@@ -257,3 +268,8 @@ def run(
 
 def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+def _bytes_of_fp8(a: np.ndarray) -> np.ndarray:
+    """Kernels write fp8 as bytes, as jaxnorm._compile.triton.TYPES says."""
+    return a.view(np.uint8) if a.dtype.name.startswith("float8") else a
