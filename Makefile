@@ -29,14 +29,14 @@ export JAXNORM_HIP_CLANG ?= $(abspath $(VENV))/clang/bin/clang++
 endif
 
 comma := ,
-EXTRAS := demo,test$(if $(GPU),$(comma)$(GPU))
+EXTRAS := bench,demo,test$(if $(GPU),$(comma)$(GPU))
 PIP := $(PY) -m pip install -qq
-PYTEST := $(PY) -m pytest -q
+PYTEST := $(PY) -m pytest -q --timeout=900
 # Two processes: the suite is made for two cores, and each process holds eight CPU devices.
 WORKERS ?= 2
 OUT ?= benchmarks/results
 # What make test installs and therefore must not skip.
-REQUIRE := triton,hip,nvrtc,launcher,gxx,demo,setuptools,ruff,pyright,clang_format,devices=8
+REQUIRE := triton,jax_triton,jaxlib_gpu_triton,hip,nvrtc,launcher,gxx,demo,matplotlib,setuptools,ruff,pyright,clang_format,devices=8
 
 .PHONY: help
 help: ## this list
@@ -55,6 +55,8 @@ $(VENV)/.package: pyproject.toml setup.py setup.cfg csrc/launcher.cc jaxnorm/_ve
 $(VENV)/.tools: tests/requirements.txt $(VENV)/.package
 	@echo "== installing compilers, test tools and linters (tests/requirements.txt)"
 	@$(PIP) -r tests/requirements.txt
+# What our messages to jaxlib's Triton call are compared with. It works without CUDA, so without what it depends on.
+	@$(PIP) --no-deps jax-cuda13-plugin==$$($(PY) -c 'import jaxlib; print(jaxlib.__version__)')
 	@touch $@
 
 $(VENV)/.clang: tools/rocm_clang.py | $(VENV)/bin/python

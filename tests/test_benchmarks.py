@@ -175,7 +175,7 @@ def test_markdown_and_plot_show_where_a_peer_wins(tmp_path):
     records = [cell_record(jaxnorm=120, xla=150, quack=103), cell_record(rows=1, jaxnorm=2.0, xla=3.0, copy=1.0)]
     text = table.markdown(records)
     assert "quack 1.03 | copy: FAIL, peer: FAIL" in text and "NVIDIA H200" in text and "2026-01-02" in text
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: plots")
     from benchmarks import plot
 
     assert plot.loses(records[0]) and not plot.loses(records[1])
