@@ -1,6 +1,6 @@
 // Quantisation, alone and behind RMSNorm, one launch each. All sizes, types and options are macros
-// (kernels/configs/quant_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices are
-// dense, row-major.
+// (kernels/configs/quant_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices
+// are dense, row-major.
 //   x [rows, N]; residual [rows, N] or null; weight, smooth [N] or null; static_scale [] or null
 //   values: codes [rows, P], fp4 two a byte; columns from N on are zeros, quantised with their group
 //   scale (null if static): float32 or exponents, [rows, G], [G, rows], or tiles of 32 rows, scale_rows in all
@@ -9,9 +9,9 @@
 
 #if defined(JN_ENTRY_rmsnorm_quant_fwd) || defined(JN_ENTRY_quantize_fwd)
 #define JN_SHAPE jaxnorm::RowShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_UNROLL, JN_REGS, JN_SHARED>
-#define JN_SPEC                                                                                                    \
-  jaxnorm::QuantSpec<jaxnorm::JN_CODE, JN_GROUP, jaxnorm::Exponent::JN_EXPONENT, jaxnorm::Layout::JN_LAYOUT, JN_STATIC, \
-                     JN_BOUNDED>
+#define JN_SPEC                                                                                              \
+  jaxnorm::QuantSpec<jaxnorm::JN_CODE, JN_GROUP, jaxnorm::Exponent::JN_EXPONENT, jaxnorm::Layout::JN_LAYOUT, \
+                     JN_STATIC, JN_BOUNDED>
 #endif
 
 #if defined(JN_ENTRY_rmsnorm_quant_fwd)

@@ -1,7 +1,7 @@
 """Launches of the quantising stages through ``csrc/kernels/quant.hip``.
 
-Rows are spread and kept as for ``rmsnorm_fwd`` (``rmsnorm_hip``); the difference is that a thread holds a chunk as float32 while the
-maximum is found. The sum of a row has the bits of ``rmsnorm_fwd`` with the same operands, and no plan changes them. The figures
+Rows are spread and kept as for ``rmsnorm_fwd`` (``rmsnorm_hip``); the difference is that a thread holds a chunk as float32 while
+the maximum is found. The sum of a row has the bits of ``rmsnorm_fwd`` with the same operands, and no plan changes them. The figures
 follow from registers and threads, like those of ``rmsnorm_hip``; for AMD targets they are compiled and inspected only.
 """
 
@@ -268,10 +268,11 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         ("JN_X", _type(problem, "x")),
         ("JN_SMOOTH", _type(problem, "smooth_scale")),
     )
+    operands = ("x", "residual", "weight", "smooth_scale", "static_scale")
     tiles = problem.option("spec").scale_layout == "shuffled" and problem.has("scale")
     return Launch(
         kernel=f"{SOURCE}:{problem.stage}",
-        inputs=("x", "residual", "weight", "smooth_scale", "static_scale") if norm else ("x", "smooth_scale", "static_scale"),
+        inputs=operands if norm else ("x", "smooth_scale", "static_scale"),
         outputs=("values", "scale", "residual_out", "y") if norm else ("values", "scale"),
         grid=_grid(_ceil(problem.rows, c.groups * c.unroll)),
         constants=constants + _spec_constants(problem) + (_norm_constants(problem) if norm else ()),

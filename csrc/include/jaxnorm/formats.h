@@ -148,8 +148,7 @@ template <class F, int V> JN_DEV Bits<F::bits * V / 8> encode(const float (&f)[V
       out.byte = u8(two_fp4(f[0], f[1]));
   } else if constexpr (V >= 4) {
 #pragma unroll
-    for (int i = 0; i < V / 4; ++i)
-      out.word[i] = four_codes(F{}, f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3]);
+    for (int i = 0; i < V / 4; ++i) out.word[i] = four_codes(F{}, f[4 * i], f[4 * i + 1], f[4 * i + 2], f[4 * i + 3]);
   } else if constexpr (V == 2) {
     out.half = u16(four_codes(F{}, f[0], f[1], 0.f, 0.f));
   } else {

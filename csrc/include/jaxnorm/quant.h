@@ -1,9 +1,9 @@
-// Quantising epilogue of the row kernels: z = y * smooth; a = max|z| over the row or a group, NaN wins; s = a / top or a
-// power of two; code = round(z / s).
+// Quantising epilogue of the row kernels: z = y * smooth; a = max|z| over the row or a group, NaN wins; s = a / top or
+// a power of two; code = round(z / s).
 //
 // A thread keeps z of its register slots in float32 between the maximum and the codes; slots that wait in shared memory
-// or are read again give z twice. A maximum has the same bits in any order, so only the sum of the norm (reduce.h) needs
-// a fixed one.
+// or are read again give z twice. A maximum has the same bits in any order, so only the sum of the norm (reduce.h)
+// needs a fixed one.
 #pragma once
 #include "jaxnorm/formats.h"
 #include "jaxnorm/rows.h"
@@ -243,8 +243,8 @@ template <class S, class Q, int P_> struct QuantStore {
     }
   }
 
-  // Shuffled scales: rows from `rows` up hold 0x7f. All threads of the launch share the work, 16 bytes at a time: column
-  // j or j + 4 of four rows and of those 16 below.
+  // Shuffled scales: rows from `rows` up hold 0x7f. All threads of the launch share the work, 16 bytes at a time:
+  // column j or j + 4 of four rows and of those 16 below.
   JN_DEV void pad_rows() const {
     if constexpr (Q::LAYOUT == Layout::kShuffled && !Q::STATIC) {
       constexpr u32 units = WIDTH * 2;  // of a block of 32 rows
@@ -380,14 +380,13 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
   }
   JN_DEV float slot_max(int k, const float (&z)[V]) const { return row.has(k) ? chunk_max(z) : 0.f; }
 
-  // use(k, z) for every chunk behind the register slots. All lanes come along, because use may shuffle. FINAL: the chunk
-  // is not looked at again.
+  // use(k, z) for every chunk behind the register slots. All lanes come along, because use may shuffle. FINAL: the
+  // chunk is not looked at again.
   template <bool FINAL, class Use> JN_DEV void each_late(Use use) const {
 #pragma unroll 2
     for (int k = REGS; k < SLOTS; ++k) {
       float f[V] = {};
-      if (row.has(k))
-        row.source.values(Stashed::read(row.stash + (k - REGS) * Stashed::footprint, row.lane), f);
+      if (row.has(k)) row.source.values(Stashed::read(row.stash + (k - REGS) * Stashed::footprint, row.lane), f);
       to_z<false, FINAL>(k, f);
       use(k, f);
     }
