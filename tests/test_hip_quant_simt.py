@@ -324,7 +324,7 @@ DIVISION = r"""
 #define JN_SIMT 1
 #define JN_WAVE 32
 #include "simt.h"
-#include "jaxnorm/quant.h"
+#include "jaxnorm/scale.h"
 // For each divisor Y of 24 bits: the dividends whose quotient lies next to the middle of two floats. There alone can a
 // correction step go wrong; a quotient farther than `reach` units from a middle is beyond the error of the step.
 extern "C" long check(long from, long to, int reach, int stride) {
@@ -378,7 +378,7 @@ def division_library(folder: str) -> ctypes.CDLL:
 def test_quotient_is_the_ieee_quotient(tmp_path) -> None:
     """Two fused operations after a multiplication by a rounded reciprocal give the rounded quotient.
 
-    The error before the last rounding is below 8 units of 2^-48 of the quotient (csrc/include/jaxnorm/quant.h), so only quotients
+    The error before the last rounding is below 8 units of 2^-48 of the quotient (csrc/include/jaxnorm/scale.h), so only quotients
     that near to a middle of two floats matter; there are a few for each divisor, and number theory finds them. A sample of the
     divisors here; all 2^23 have been tried.
     """

@@ -1,0 +1,188 @@
+// Scales of quantised values: the largest magnitude of a group, its scale, and the division by it.
+#pragma once
+#include "jaxnorm/formats.h"
+#include "jaxnorm/reduce.h"
+
+namespace jaxnorm {
+
+enum class Exponent { kNone, kUp, kDown, kEven };  // kNone: a float32 scale, else the rounding of an e8m0 scale
+enum class Layout { kRow, kColumn, kShuffled };
+
+// GROUP: features that share a scale, 0 = all of the row. BOUNDED: the maximum has an upper bound.
+template <class Code_, int GROUP_, Exponent EXPONENT_, Layout LAYOUT_, bool STATIC_, bool BOUNDED_> struct QuantSpec {
+  using Code = Code_;
+  static constexpr int GROUP = GROUP_;
+  static constexpr Exponent EXPONENT = EXPONENT_;
+  static constexpr Layout LAYOUT = LAYOUT_;
+  static constexpr bool STATIC = STATIC_, BOUNDED = BOUNDED_, POWER = EXPONENT != Exponent::kNone;
+  // A scale that came from the maximum itself keeps |z / s| within half a code of the top.
+  static constexpr bool overflows = STATIC || BOUNDED || EXPONENT == Exponent::kDown || EXPONENT == Exponent::kEven;
+  static constexpr bool clips = overflows && !Saturates<Code>::value;
+};
+
+// ---- maxima
+
+// The larger of two values without sign, or NaN.
+JN_DEV float max_or_nan(float a, float b) {
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  const u32 x = f32_bits(a), y = f32_bits(b);  // ordered like the values, NaN above infinity
+  return bits_f32(x > y ? x : y);
+#endif
+}
+JN_DEV float magnitude(float f) {
+#if defined(JN_NVIDIA)
+  return fabsf(f);
+#else
+  return __builtin_fabsf(f);
+#endif
+}
+template <int V> JN_DEV float chunk_max(const float (&f)[V]) {
+  float a = magnitude(f[0]);
+#pragma unroll
+  for (int i = 1; i < V; ++i) a = max_or_nan(a, magnitude(f[i]));
+  return a;
+}
+// Over each aligned run of LANES lanes; all of them get it.
+template <int LANES> JN_DEV float lanes_max(float v) {
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
+  if constexpr (LANES == 32) {
+    u32 r;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(f32_bits(v)));
+    return bits_f32(r);
+  }
+#endif
+  if constexpr (LANES > 1)
+    return lanes_max<LANES / 2>(max_or_nan(v, shfl_xor<LANES / 2>(v)));
+  else
+    return v;
+}
+
+// ---- scales
+
+// z / s correctly rounded, from r = 1 / s correctly rounded: no underflow on the way for 2^-100 <= s <= 2^126, except
+// of quotients that every format rounds to zero. The sign of a zero is z's. tests/test_hip_quant_simt.py proves it.
+JN_DEV float quotient(float z, float s, float r) {
+  const float q = z * r;
+  return fused_multiply_add(fused_multiply_add(q, s, -z), -r, q);
+}
+JN_DEV float reciprocal(float s) {
+#if defined(JN_NVIDIA)
+  float r;
+  asm("rcp.rn.f32 %0, %1;" : "=f"(r) : "f"(s));
+  return r;
+#else
+  return 1.f / s;
+#endif
+}
+
+constexpr float kLargest = 0x1.fffffep127f;
+// Comparisons, because they let NaN through.
+JN_DEV float clip(float v, float top) {
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(top));
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(-top));
+  return v;
+#else
+  return v > top ? top : v < -top ? -top : v;
+#endif
+}
+
+// What the values of a group are divided by.
+template <class Q> struct Scale {
+  using Code = typename Q::Code;
+  float s, r;   // e8m0: r alone, a power of two
+  bool direct;  // quotient() can take s as it is
+  u32 stored;   // float32 bits, or the exponent
+
+  static JN_DEV Scale of_max(float a, float bound) {
+    if constexpr (Q::BOUNDED) a = a > bound ? bound : a;
+    Scale scale;
+    if constexpr (Q::POWER) {
+      const u32 e = exponent(a);
+      scale.stored = e;
+      scale.r = bits_f32(e == 255 ? 0x7fc00000u : e == 254 ? 0x00400000u : (254 - e) << 23);
+      scale.s = 1.f, scale.direct = true;
+    } else {
+      constexpr float top = Code::top, inverse = 1.f / top;
+      float s;
+      if (a >= 0x1p-90f && a <= kLargest)
+        s = quotient(a, top, inverse);
+      else
+        s = a / top;
+      s = s < 0x1p-126f ? 1.f : s;
+      scale.stored = f32_bits(s);
+      scale.direct = s >= 0x1p-100f && s <= kLargest;
+      scale.s = scale.direct || !(s <= kLargest) ? s : s * 0x1p64f;
+      scale.r = reciprocal(scale.s);
+    }
+    return scale;
+  }
+  static JN_DEV Scale fixed(const float* s) {
+    Scale scale;
+    scale.s = *s, scale.r = reciprocal(scale.s), scale.stored = 0;
+    scale.direct = scale.s >= 0x1p-100f && scale.s <= 0x1p100f;
+    return scale;
+  }
+  static constexpr u32 one = Q::POWER ? 127u : 0x3f800000u;  // of a group of zeros
+
+  JN_DEV void divide(float& z) const {
+    if constexpr (Q::POWER) {
+      z *= r;
+    } else if constexpr (Q::STATIC || Q::BOUNDED) {  // the quotient may overflow
+      constexpr float top = 2 * Code::top;
+      const float q = clip(z * r, top);
+      z = fused_multiply_add(fused_multiply_add(q, s, -z), -r, q);
+    } else {
+      z = quotient(z, s, r);
+    }
+  }
+  // z / s, clipped where it can lie outside of the format
+  template <int V> JN_DEV void apply(float (&z)[V]) const {
+    if (Q::STATIC && !direct) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] = z[i] / s;
+    } else {
+      if (!Q::POWER && !direct) {  // tiny: s has been lifted too; or s is not finite
+#pragma unroll
+        for (int i = 0; i < V; ++i) z[i] *= 0x1p64f;
+      }
+#pragma unroll
+      for (int i = 0; i < V; ++i) divide(z[i]);
+      if (Code::integer && !Q::STATIC && !direct && !(s <= kLargest)) {  // no code for NaN
+#pragma unroll
+        for (int i = 0; i < V; ++i) z[i] = 0.f;
+      }
+    }
+    if constexpr (Q::clips) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] = clip(z[i], Code::top);
+    }
+    if constexpr (Code::integer && Q::STATIC) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) z[i] = z[i] == z[i] ? z[i] : 0.f;
+    }
+  }
+
+ private:
+  static JN_DEV u32 exponent(float a) {
+    constexpr float inverse = 1.f / Code::top;
+    const float t = a * inverse;
+    const u32 bits = f32_bits(Q::EXPONENT == Exponent::kUp ? t : a);
+    int e;
+    if constexpr (Q::EXPONENT == Exponent::kUp)
+      e = int(bits >> 23) + ((bits & 0x7fffffu) != 0);
+    else if constexpr (Q::EXPONENT == Exponent::kDown)
+      e = int(bits >> 23) - Code::top_exponent;
+    else
+      e = int((bits + (1u << (22 - Code::MANTISSA))) >> 23) - Code::top_exponent;
+    e = max_of(1, min_of(254, e));
+    if (t < 0x1p-126f) e = 127;
+    return a <= kLargest ? u32(e) : 255u;
+  }
+};
+
+}  // namespace jaxnorm
