@@ -68,7 +68,7 @@ def exponent(a: jax.Array, spec: QuantSpec) -> jax.Array:
     t = a * jnp.float32(1.0 / dtype_max(spec.dtype))
     if spec.e8m0_rounding == "up":
         bits = jax.lax.bitcast_convert_type(t, jnp.int32)
-        e = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+        e = (bits >> 23) + ((bits & 0x7FFFFF) != 0).astype(jnp.int32)
     else:
         m, p = _MANTISSA[spec.dtype]
         bits = jax.lax.bitcast_convert_type(a, jnp.int32)
