@@ -120,6 +120,7 @@ def run(launch: Launch, types: tuple[str, ...], target: str, options: dict[str, 
     """Triton's own result (``.asm``, ``.metadata``). ``aligned=False`` leaves out the alignment of pointers, which tests use to
     prove that their look at access widths still sees narrow ones."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler.compiler import make_backend
@@ -144,10 +145,10 @@ def run(launch: Launch, types: tuple[str, ...], target: str, options: dict[str, 
         {(names.index(n),): v for n, v in constants.items()},
         attrs,
     )
-    with triton.knobs.compilation.scope():
+    with knobs.compilation.scope():
         # Paths of this machine's sources would end up in the code object. Triton's own cache has the knob in
         # its key, ours the words "no line info".
-        triton.knobs.compilation.disable_line_info = True
+        knobs.compilation.disable_line_info = True
         return triton.compile(source, target=gpu, options=dict(options))
 
 
