@@ -171,6 +171,9 @@ template <class S> struct NoNorm {
 
 // ---- one row
 
+template <class A, class B> constexpr bool same = false;
+template <class A> constexpr bool same<A, A> = true;
+
 template <class S, class Q, class Source, class Norm, class Weights, class Store> struct QuantRow {
   using OneRow = Row<S, Source>;
   using Stashed = typename OneRow::Stashed;
@@ -226,7 +229,10 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
     float z[REGS][V];
 #pragma unroll
     for (int k = 0; k < REGS; ++k) {
-      row.source.kept_values(row.kept[k], z[k]);
+      if constexpr (same<typename Source::Kept, typename Source::Raw>)
+        row.source.values(row.kept[k], z[k]);  // the bits stay no longer than z: no need to unpack them again
+      else
+        row.source.kept_values(row.kept[k], z[k]);
       to_z<true, true>(k, z[k]);
     }
     if constexpr (Q::STATIC) {
@@ -295,13 +301,13 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
       constexpr int waves = LANES / kWave, slots = next_power_of_2(waves);
       if (row.lane % kWave == 0) maxima[row.lane / kWave] = a;
       barrier();
-      if constexpr (waves <= 8) {
+      if constexpr (waves <= (kWaveMax ? 4 : 8)) {
         a = maxima[0];
 #pragma unroll
         for (int i = 1; i < waves; ++i) a = max_or_nan(a, maxima[i]);
       } else {
         const u32 i = row.lane % slots;
-        a = lanes_max<slots>(i < u32(waves) ? maxima[i] : 0.f);
+        a = lanes_max<kWaveMax ? kWave : slots>(i < u32(waves) ? maxima[i] : 0.f);
       }
     }
     return a;

@@ -47,9 +47,14 @@ template <int V> JN_DEV float chunk_max(const float (&f)[V]) {
   return a;
 }
 // Over each aligned run of LANES lanes; all of them get it.
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
+constexpr bool kWaveMax = true;  // one instruction for a whole wave
+#else
+constexpr bool kWaveMax = false;
+#endif
 template <int LANES> JN_DEV float lanes_max(float v) {
 #if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
-  if constexpr (LANES == 32) {
+  if constexpr (LANES == kWave) {
     u32 r;
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(f32_bits(v)));
     return bits_f32(r);
@@ -69,17 +74,18 @@ JN_DEV float quotient(float z, float s, float r) {
   const float q = z * r;
   return fused_multiply_add(fused_multiply_add(q, s, -z), -r, q);
 }
+// 1 / s correctly rounded, for 2^-100 <= s <= 2^124.
 JN_DEV float reciprocal(float s) {
-#if defined(JN_NVIDIA)
-  float r;
-  asm("rcp.rn.f32 %0, %1;" : "=f"(r) : "f"(s));
-  return r;
+#if defined(JN_NVIDIA)  // what rcp.rn does, without its test for other divisors
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(s));
+  return fused_multiply_add(-fused_multiply_add(s, y, -1.f), y, y);
 #else
   return 1.f / s;
 #endif
 }
 
-constexpr float kLargest = 0x1.fffffep127f;
+constexpr float kLargest = 0x1.fffffep127f, kLift = 0x1p64f;
 // Comparisons, because they let NaN through.
 JN_DEV float clip(float v, float top) {
 #if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
@@ -95,7 +101,7 @@ JN_DEV float clip(float v, float top) {
 template <class Q> struct Scale {
   using Code = typename Q::Code;
   float s, r;   // e8m0: r alone, a power of two
-  bool direct;  // quotient() can take s as it is
+  bool direct;  // quotient() can take s as it is; if not, and unless static, z is lifted first
   u32 stored;   // float32 bits, or the exponent
 
   static JN_DEV Scale of_max(float a, float bound) {
@@ -107,23 +113,26 @@ template <class Q> struct Scale {
       scale.r = bits_f32(e == 255 ? 0x7fc00000u : e == 254 ? 0x00400000u : (254 - e) << 23);
       scale.s = 1.f, scale.direct = true;
     } else {
-      constexpr float top = Code::top, inverse = 1.f / top;
-      float s;
-      if (a >= 0x1p-90f && a <= kLargest)
-        s = quotient(a, top, inverse);
-      else
-        s = a / top;
-      s = s < 0x1p-126f ? 1.f : s;
-      scale.stored = f32_bits(s);
-      scale.direct = s >= 0x1p-100f && s <= kLargest;
-      scale.s = scale.direct || !(s <= kLargest) ? s : s * 0x1p64f;
-      scale.r = reciprocal(scale.s);
+      constexpr float inverse = 1.f / Code::top;
+      constexpr u32 low = (127 - 80) << 23, high = 0x7f7fffffu;  // 2^-80 to the largest number
+      scale.direct = f32_bits(a) - low <= high - low;
+      if (scale.direct) {
+        scale.s = quotient(a, Code::top, inverse);
+        scale.r = reciprocal(scale.s);
+        scale.stored = f32_bits(scale.s);
+      } else {
+        float s = a / Code::top;
+        s = s < 0x1p-126f ? 1.f : s;
+        scale.stored = f32_bits(s);
+        scale.s = s < 1.f ? s * kLift : s == 1.f ? kLift : Code::integer ? 1.f : s;
+        scale.r = 1.f / scale.s;
+      }
     }
     return scale;
   }
   static JN_DEV Scale fixed(const float* s) {
     Scale scale;
-    scale.s = *s, scale.r = reciprocal(scale.s), scale.stored = 0;
+    scale.s = *s, scale.r = 1.f / scale.s, scale.stored = 0;
     scale.direct = scale.s >= 0x1p-100f && scale.s <= 0x1p100f;
     return scale;
   }
@@ -146,16 +155,19 @@ template <class Q> struct Scale {
 #pragma unroll
       for (int i = 0; i < V; ++i) z[i] = z[i] / s;
     } else {
-      if (!Q::POWER && !direct) {  // tiny: s has been lifted too; or s is not finite
+      if constexpr (!Q::POWER && !Q::STATIC) {
+        // A tiny s was lifted, so z must be. A scale that is not finite has codes that nobody looks at: int8, which has
+        // no NaN, gets zeros. A loop that runs at most once, because a compiler would turn a branch into V
+        // multiplications that each row waits for.
+        const bool finite = (stored & 0x7f800000u) != 0x7f800000u;
+#pragma unroll 1
+        for (int rounds = direct ? 0 : 1; rounds > 0; --rounds) {
 #pragma unroll
-        for (int i = 0; i < V; ++i) z[i] *= 0x1p64f;
+          for (int i = 0; i < V; ++i) z[i] = Code::integer && !finite ? 0.f : z[i] * kLift;
+        }
       }
 #pragma unroll
       for (int i = 0; i < V; ++i) divide(z[i]);
-      if (Code::integer && !Q::STATIC && !direct && !(s <= kLargest)) {  // no code for NaN
-#pragma unroll
-        for (int i = 0; i < V; ++i) z[i] = 0.f;
-      }
     }
     if constexpr (Q::clips) {
 #pragma unroll
