@@ -175,9 +175,13 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     if lanes == 512 and chunks > 512 * _room(problem, blocks=2):
         lanes = MAX_THREADS  # half a unit's registers and shared memory do not hold the row; a whole one's might
     room = compute_units(problem.target) * 1024
-    if problem.rows * MAX_THREADS <= room and chunks > MAX_THREADS and _nvidia(problem):
-        # *H200*, 16x16384: 2.64 us with 256 threads, 2.88 with 1024; with a residual 3.23 with 1024, 3.40 with 512
-        return MAX_THREADS if problem.has("residual") or chunks > 2 * MAX_THREADS else 256
+    few = problem.rows * MAX_THREADS <= room
+    thirds = _round_up(_ceil(chunks, 3), wave)
+    if _nvidia(problem) and chunks >= (MAX_THREADS if few else MAX_THREADS + 1) and thirds <= MAX_THREADS:
+        # *H200*, three chunks a thread: 16x8192 2.06 us, 2.14 with 512 threads of two; 16x16384 2.69, 2.88 with 1024; 8192x16384
+        # 1.032 of a copy, 1.069 with 512 threads of four. With a residual 16x16384 3.17 us, 3.23 with 1024; 8192x16384 no gain.
+        if few or not problem.has("residual"):
+            return thirds
     most = 512 if _nvidia(problem) else MAX_THREADS
     while lanes < min(most, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
         lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
@@ -220,21 +224,27 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
         shared = per - regs
     if v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4 and _nvidia(problem):
         shared = 0  # 2-byte pieces cannot be copied asynchronously
+    # The weights wait in registers, too, where few rows leave nothing else to hide their latency: *H200*, 16x16384 2.64 us against
+    # 2.83. With rows in plenty it makes no difference (8192x8192 1.047 both), so there only where the registers cost nothing.
     weight_words = regs * v * _itemsize(problem, "weight") // 4
-    few = problem.rows * MAX_THREADS <= compute_units(problem.target) * 1024 and not shared
-    early = weight_words <= (32 if few else 8)  # *H200*, 16x16384: 2.64 us early, 2.83 late
+    few = problem.rows * c.lanes <= 8 * compute_units(problem.target) * 1024 and not shared
+    early = weight_words <= (32 if few else 8)
     return replace(c, regs=regs, shared=shared, early=early, min_blocks=_min_blocks(problem, c.lanes, regs))
 
 
 def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
-    """Blocks on a compute unit that the compiler must leave registers for: those that hold the row, then the weights, and 16 more,
-    at least 32 more than the row (seen to do without spills in the sm_90 code). AMD's register files are four times as large:
-    nothing to ask for there."""
+    """Blocks on a compute unit that the compiler must leave registers for: those that hold the row and 24 more
+    where all is bfloat16, 40 otherwise (conversions of float16 take more; seen to do without spills in the sm_90 code).
+
+    *H200*: as many threads as a unit takes are worth it. 8192x2048 1.014 with 16 blocks of 128, 1.035 with 12; 8192x8192 1.047 with
+    four of 512, 1.08 with three; with a residual 1.060 with three of 512, 1.074 with two. AMD's register files are four times as
+    large: nothing to ask for there.
+    """
     if not _nvidia(problem):
         return 1
-    v = vector(problem)
-    need = regs * _held_words(problem, v) + max(32, 16 + regs * v * _itemsize(problem, "weight") // 4)
-    fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
+    plain = all(d == "bfloat16" for n, d in problem.dtypes if n != "rstd")
+    need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
+    fitting = [b for b in range(1, min(32, 2048 // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 
 

@@ -30,7 +30,7 @@ def test_compute_sanitizer(tool, backend):
     binary = _tool()
     needs.need("compute_sanitizer", binary is not None, "compute-sanitizer is not installed")
     script = Path(__file__).with_name("sanitize.py")
-    only = ["--kernel-name", "regex:.*norm.*"] if tool == "initcheck" else []
+    only = ["--kernel-name", "kernel_substring=norm"] if tool == "initcheck" else []
     command = [
         binary,
         "--tool",
