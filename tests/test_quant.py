@@ -26,10 +26,9 @@ def specs():
     for dtype in ("int8", *FP8):
         yield QuantSpec(dtype)
         for g in (16, 32, 64, 96, 128, 384):
-            if dtype in ("int8", FP8[0]) or g in (64, 96):
+            if dtype in ("int8", FP8[0]) or g == 96:
                 yield QuantSpec(dtype, group_size=g)
-        yield QuantSpec(dtype, scale_ub=1.25)
-        yield QuantSpec(dtype, group_size=48, scale_ub=1.25)
+        yield QuantSpec(dtype, group_size=48 if dtype in FP8[2:] else None, scale_ub=1.25)
     for dtype in FLOAT_FORMATS:
         for rounding in ("up", "down", "even"):
             yield QuantSpec(dtype, e8m0_rounding=rounding, **MX)
@@ -119,7 +118,7 @@ def test_models_and_odd_widths(case):
     case.check(arrays, case.run(arrays))
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (2, 3, 5), (0,), (0, 4), (3, 0)], ids=str)
+@pytest.mark.parametrize("lead", [(), (2, 3, 5), (0,), (3, 0)], ids=str)
 @pytest.mark.parametrize("spec", [QuantSpec("int8"), QuantSpec("fp4", **MX)], ids=["int8", "fp4"])
 def test_leading_dims(lead, spec):
     case = Case("add_rmsnorm_quant", spec, 64, lead, keep=True)
@@ -432,7 +431,7 @@ def test_a_row_in_any_batch(spec):
     case = Case("rmsnorm_quant", spec, 96, (173,))
     arrays = case.arrays()
     whole = case.run(arrays)["q"]
-    for m, start in ((1, 0), (1, 172), (2, 5), (7, 60), (33, 100)):
+    for m, start in ((1, 172), (7, 60), (33, 100)):
         part = case.run(arrays | {"x": arrays["x"][start : start + m]})["q"]
         tolerances.assert_same_bits(part.values, whole.values[start : start + m])
         tolerances.assert_same_bits(part.scale, whole.scale[start : start + m])
@@ -441,14 +440,15 @@ def test_a_row_in_any_batch(spec):
 def test_dequantised_error_is_half_a_step():
     """|f32(code) * s - z| is at most half the distance to the next code, for every format that never saturates."""
     x = cases.normal(cases.rng(), (16, 256), "float32", std=3.0)
-    for spec in (QuantSpec("int8"), *(QuantSpec(n) for n in FP8), *(QuantSpec(n, **MX) for n in FLOAT_FORMATS)):
-        name = "int8" if spec.dtype == "int8" else spec.dtype
-        q = jaxnorm.quantize(x, spec)
+    specs = (QuantSpec("int8"), *(QuantSpec(n) for n in FP8), *(QuantSpec(n, **MX) for n in FLOAT_FORMATS))
+    every = jax.jit(lambda x: [jaxnorm.quantize(x, s).dequantize() for s in specs])(x)
+    for spec, back in zip(specs, every, strict=True):
+        name = spec.dtype
         s = oq.quantize(x, spec, name).multiplier.astype(np.float64)
         table = np.arange(128.0) if name == "int8" else oq.magnitudes(name)
         at = np.clip(np.searchsorted(table, np.abs(x) / s, side="right"), 1, len(table) - 1)
         half = (table[at] - table[at - 1]) / 2 * s
-        error = np.abs(np.asarray(q.dequantize()).astype(np.float64) - x)
+        error = np.abs(np.asarray(back).astype(np.float64) - x)
         assert (error <= half * (1 + 2.0**-20) + np.abs(x) * 2.0**-22).all(), name
 
 
