@@ -6,7 +6,9 @@
     code = RNE(clip(z / s, -MAX, MAX))
 
 Maxima are taken of the bits of |z| as integers, whose order is that of the values with NaN above all. Codes are written as
-bytes, so that a format needs no type in the compiler; ``HARD`` names the formats a target converts to by itself.
+bytes, so that a format needs no type in the compiler; ``HARD`` names the format where the target converts to it by itself. Without
+UB, and with a scale that never saturates, |z / s| exceeds MAX by an ulp at most, which rounds to MAX: no CLIP. EXACT asks for the
+compiler's own division.
 """
 
 import triton
@@ -87,17 +89,18 @@ def _reciprocal(e):
 def _scale(
     bits, UB: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr, TOP: tl.constexpr, E8M0: tl.constexpr
 ):
-    """(scale as stored, what :func:`_divide` takes) from the bits of the maximum: float32 twice, or E and 1/s."""
+    """(scale as stored, what :func:`_divide` takes, 1/s) from the bits of the maximum: float32 twice, or E and 1/s."""
     a = bits.to(tl.float32, bitcast=True)
     if UB > 0.0:
         a = tl.where(a > UB, UB, a)  # a comparison keeps NaN
     if E8M0 != "":
         e = _exponent(a, MAX, MANTISSA, TOP, E8M0)
-        return e, _reciprocal(e)
+        r = _reciprocal(e)
+        return e, r, r
     else:
         s = tl.div_rn(a, MAX)
         s = tl.where(s < 1.1754943508222875e-38, 1.0, s)
-        return s, s
+        return s, s, tl.div_rn(1.0, s)
 
 
 @triton.jit
@@ -110,11 +113,35 @@ def _divide(z, s, E8M0: tl.constexpr):
 
 
 @triton.jit
+def _divide_by(z, s, r):
+    """``z / s`` with ``r = RN(1 / s)`` of the row or group, where ``|z / s|`` is at most some power of two and s >= 2**-126.
+
+    The product is within two ulps; the first correction is faithful, the second, by Markstein's theorem, the IEEE quotient. That
+    needs remainders above the smallest subnormal, hence |z| >= 2**-100; below, the last bit of the quotient may differ. Twelve
+    instructions of the compiler's division, with a branch, become six. The sign is put back for a z of -0."""
+    q = z * r
+    q = tl.fma(tl.fma(-q, s, z), r, q)
+    q = tl.fma(tl.fma(-q, s, z), r, q)
+    return (q.to(tl.int32, bitcast=True) | (z.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quotient(z, s, r, E8M0: tl.constexpr, CLIP: tl.constexpr):
+    """What to encode. Where values beyond the largest may occur a quotient may overflow, which the fast way does not survive."""
+    if E8M0 != "" or CLIP:
+        return _divide(z, s, E8M0)
+    else:
+        return _divide_by(z, s, r)
+
+
+@triton.jit
 def _encode(
-    v, MAX: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, FNUZ: tl.constexpr, HARD: tl.constexpr
-):
+    v, MAX: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, FNUZ: tl.constexpr, HARD: tl.constexpr,
+    CLIP: tl.constexpr,
+):  # fmt: skip
     """Codes of the clipped values, uint8, to nearest even. MANTISSA 0: int8. BIAS 1: fp4, the sign in bit 3."""
-    v = tl.where(v > MAX, MAX, tl.where(v < -MAX, -MAX, v))  # comparisons let NaN through
+    if CLIP:
+        v = tl.where(v > MAX, MAX, tl.where(v < -MAX, -MAX, v))  # comparisons let NaN through
     if HARD == "e4m3fn":
         return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     elif HARD == "e5m2":
@@ -249,6 +276,8 @@ def quant_fwd(
     TOP: tl.constexpr,
     FNUZ: tl.constexpr,
     HARD: tl.constexpr,
+    CLIP: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     GROUP: tl.constexpr,
     G: tl.constexpr,
@@ -307,15 +336,16 @@ def quant_fwd(
     if HAS_SMOOTH:
         z = y * smooth
     if HAS_STATIC:
-        codes = _encode(_divide(z, tl.load(static_ptr), ""), MAX, MANTISSA, BIAS, FNUZ, HARD)
+        codes = _encode(_divide(z, tl.load(static_ptr), ""), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
     elif GROUP == 0:
-        scale, s = _scale(_row_max(_magnitude(z), CHUNKS), UB, MAX, MANTISSA, TOP, E8M0)
-        codes = _encode(_divide(z, spread(s, CHUNKS), E8M0), MAX, MANTISSA, BIAS, FNUZ, HARD)
+        scale, s, r = _scale(_row_max(_magnitude(z), CHUNKS), UB, MAX, MANTISSA, TOP, E8M0)
+        codes = _encode(_quotient(z, spread(s, CHUNKS), spread(r, CHUNKS), E8M0, EXACT), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
         store_row_scalar(scale_ptr, first, scale, M, CHUNKS, ROWS, LANES)
     else:
         zg = _grouped(z, CHUNKS, ROWS, WIDTH, GROUP)
-        scale, s = _scale(tl.max(_magnitude(zg), axis=2 if CHUNKS > 0 else 1), UB, MAX, MANTISSA, TOP, E8M0)
-        grouped = _encode(_divide(zg, tl.expand_dims(s, -1), E8M0), MAX, MANTISSA, BIAS, FNUZ, HARD)
+        scale, s, r = _scale(tl.max(_magnitude(zg), axis=2 if CHUNKS > 0 else 1), UB, MAX, MANTISSA, TOP, E8M0)
+        v = _quotient(zg, tl.expand_dims(s, -1), tl.expand_dims(r, -1), E8M0, EXACT)
+        grouped = _encode(v, MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
         codes = _ungrouped(grouped, CHUNKS, ROWS, BLOCK)
         _store_scales(scale_ptr, first, 0, scale, M, R, G, SP, LAYOUT, CHUNKS, ROWS, WIDTH // GROUP)
     _store_codes(values_ptr + row * (P // 2 if PACKED else P), 0, codes, cols, padded, MASK_P, P, PACKED, CHUNKS, ROWS, BLOCK,
@@ -380,6 +410,8 @@ def quant_fwd_long(
     TOP: tl.constexpr,
     FNUZ: tl.constexpr,
     HARD: tl.constexpr,
+    CLIP: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     GROUP: tl.constexpr,
     G: tl.constexpr,
@@ -417,6 +449,7 @@ def quant_fwd_long(
             squares += n * n
         rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + EPS)
     s = 1.0
+    r = 1.0
     if HAS_STATIC:
         s = tl.load(static_ptr)
     elif GROUP == 0:
@@ -432,7 +465,7 @@ def quant_fwd_long(
                          WEIGHT_OFFSET, HAS_RESIDUAL, HAS_WEIGHT, HAS_SMOOTH, CAST_BEFORE_WEIGHT, ROUND_RESIDUAL,
                          MASK_X)  # fmt: skip
             most = tl.maximum(most, _magnitude(z))
-        scale, s = _scale(tl.max(most, axis=0), UB, MAX, MANTISSA, TOP, E8M0)
+        scale, s, r = _scale(tl.max(most, axis=0), UB, MAX, MANTISSA, TOP, E8M0)
         tl.store(scale_ptr + row, scale)
     for start in tl.range(0, P, BLOCK, num_stages=1):
         cols = start + lane
@@ -449,11 +482,12 @@ def quant_fwd_long(
         if HAS_Y:
             store(y_ptr + row * P, cols, y, cols < P, P % BLOCK != 0)
         if GROUP == 0:
-            codes = _encode(_divide(z, s, E8M0), MAX, MANTISSA, BIAS, FNUZ, HARD)
+            codes = _encode(_quotient(z, s, r, E8M0, EXACT), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
         else:
             zg = _grouped(z, 0, 1, BLOCK, GROUP)
-            scale, each = _scale(tl.max(_magnitude(zg), axis=1), UB, MAX, MANTISSA, TOP, E8M0)
-            grouped = _encode(_divide(zg, tl.expand_dims(each, -1), E8M0), MAX, MANTISSA, BIAS, FNUZ, HARD)
+            scale, each, inverse = _scale(tl.max(_magnitude(zg), axis=1), UB, MAX, MANTISSA, TOP, E8M0)
+            v = _quotient(zg, tl.expand_dims(each, -1), tl.expand_dims(inverse, -1), E8M0, EXACT)
+            grouped = _encode(v, MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
             codes = _ungrouped(grouped, 0, 1, BLOCK)
             _store_scales(scale_ptr, row, start // GROUP, scale, M, R, G, SP, LAYOUT, 0, 1, BLOCK // GROUP)
         _store_codes(values_ptr + row * (P // 2 if PACKED else P), start, codes, cols, cols < P, P % BLOCK != 0, P, PACKED, 0, 1,

@@ -40,7 +40,7 @@ _twins: dict[
 
 def expected_internals() -> list[str]:
     """What this module needs of triton's interpreter and does not find: empty, or the interpreter changed."""
-    missing = [f"InterpreterBuilder.{name}" for name in CASTS if not hasattr(interpreter_builder, name)]
+    missing = [f"InterpreterBuilder.{name}" for name in (*CASTS, "create_fma") if not hasattr(interpreter_builder, name)]
     for name in (
         "InterpretedFunction",
         "GridExecutor",
@@ -142,6 +142,13 @@ def _rounding_cast(original: Callable[..., Any]) -> Callable[..., Any]:
     return cast
 
 
+def _fused(x: Any, y: Any, z: Any) -> Any:
+    """A multiply-add with one rounding (the float64 sum is itself exact or rounds far below float32); the interpreter's has two."""
+    with np.errstate(all="ignore"):
+        wide = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(wide.astype(np.float32), z.dtype.scalar)
+
+
 def _patch_tensor(tensor: Any, scope: Any, original: Callable[..., Any]) -> None:
     """Scalars as loop bounds: the interpreter holds them as arrays of one element, which numpy 2.4 refuses to call an int."""
     original(tensor, scope)
@@ -187,6 +194,8 @@ class _Interpreting:
         for key in CASTS:
             old = getattr(interpreter_builder, key)
             self._set(functools.partial(setattr, interpreter_builder), key, old, _rounding_cast(old))
+        old = interpreter_builder.create_fma
+        self._set(functools.partial(setattr, interpreter_builder), "create_fma", old, _fused)
         for name, ours in (("_patch_lang_tensor", _patch_tensor), ("_patch_lang_core", _patch_core)):
             patch = getattr(_triton_interpreter, name)
             replacement = functools.partial(ours, original=patch)

@@ -266,3 +266,29 @@ def test_candidates_start_with_the_plan_and_are_different():
     found = quant_triton.candidates(p)
     assert found[0] == quant_triton.plan(p)
     assert len(found) == len(set(found)) > 3
+
+
+@pytest.mark.parametrize("plan", [quant_triton.plan, long_plan(64)])
+def test_the_fast_quotient_is_the_ieee_one(plan):
+    """Values next to the ties of their codes, for scales with awkward last bits: a product with the reciprocal fails here."""
+    rng = np.random.default_rng(0)
+    rows, features = 96, 64
+    most = rng.uniform(0.5, 2.0, (rows, 1)).astype(np.float32) * 2.0 ** rng.integers(-90, 90, (rows, 1)).astype(np.float32)
+    most = most.astype(np.float32)
+    scale = most / np.float32(127)
+    ties = (rng.integers(0, 126, (rows, features)) + 0.5) * scale.astype(np.float64)
+    x = ties.astype(np.float32)
+    x = np.where(rng.random(x.shape) < 0.5, x, np.nextafter(x, np.float32(0)))
+    x = np.where(rng.random(x.shape) < 0.5, x, -x).astype(np.float32)
+    x[:, :1] = most
+    c = case(ALONE, "int8", features, rows, x_dtype=F32)
+    product = oq.encode(x * (np.float32(1) / scale), "int8")
+    assert (product != c.expected({"x": x}).codes).any(), "the data does not tell a product from a quotient"
+    check(c, {"x": x}, run(c, {"x": x}, plan))
+
+
+def test_negative_zeros_stay():
+    c = case(ALONE, E4M3, 64, 2, x_dtype=F32)
+    x = np.full((2, 64), -0.0, np.float32)
+    x[1, ::2], x[1, 1::4] = 3.0, -1e-30
+    check(c, {"x": x}, run(c, {"x": x}))

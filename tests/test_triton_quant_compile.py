@@ -25,10 +25,10 @@ E4M3 = "float8_e4m3fn"
 MX = {"group_size": 32, "scale_dtype": "e8m0"}
 ROWS = 4096
 TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "sm_90")
-CONVERT = re.compile(r"cvt\.rn\.satfinite\.e[45]m[32]x2|v_cvt_(?:scalef32_)?pk_(?:fp8|bf8)_f32")
+CONVERT = re.compile(r"cvt\.rn\.satfinite\.e[45]m[32]x2\.f32|v_cvt_(?:scalef32_)?pk_(?:fp8|bf8)_f32")
 NATIVE = {
-    "sm_90": (E4M3, "float8_e5m2"), "gfx942": ("float8_e4m3fnuz", "float8_e5m2fnuz"), "gfx950": (E4M3, "float8_e5m2"),
-    "gfx90a": (), "gfx1100": (), "sm_80": (),
+    "sm_90": (E4M3, "float8_e5m2"), "gfx942": ("float8_e4m3fnuz", "float8_e5m2fnuz"), "gfx950": (E4M3,),
+    "gfx90a": (), "gfx1100": (), "sm_80": (), "sm_89": (),
 }  # fmt: skip
 
 
@@ -81,11 +81,13 @@ def check(p: Problem, tmp_path):
 FORMATS = ("int8", *oq.FP8)
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "sm_80"])
+@pytest.mark.parametrize("target", [*TARGETS, "sm_80", "sm_89"])
 def test_conversions_are_the_target_s_own_where_it_has_them(target, tmp_path):
     for dtype in FORMATS if target in ("sm_90", "gfx942", "gfx950") else (E4M3,):
         code = check(problem(target, 4096, dtype), tmp_path)
         found = len(CONVERT.findall(code.asm))
+        # never by way of float16, which rounds twice
+        assert not re.search(r"cvt\.\w+\.f16\.f32|satfinite\.e[45]m[32]x2\.f16x2|v_cvt_(?:f16|pkrtz)", code.asm)
         # two elements an instruction
         lane = 4096 // code.threads
         assert found == (lane // 2 if dtype in NATIVE[target] else 0), f"{dtype} on {target}: {found}"
@@ -140,11 +142,15 @@ def test_rows_that_waves_own_need_no_barrier(target, tmp_path):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_quotient_is_the_ieee_one(target):
-    """Correctly rounded division, not a product with a reciprocal."""
-    p = problem(target, 4096, "int8", alone=True)
-    asm = compiler.compile(quant_triton.plan(p)[0], p).asm
-    if target == "sm_90":
-        assert "div.rn.f32" in asm
-        assert not re.search(r"div\.full|div\.approx|rcp\.approx", asm)
-    else:
-        assert "v_div_fixup_f32" in asm
+    """The compiler's correctly rounded division where values may saturate; else fused corrections, four an element, and one
+    division a row for the reciprocal. Never an approximate division."""
+    for static in (True, False):
+        p = problem(target, 4096, "int8", alone=True, static=static)
+        code = compiler.compile(quant_triton.plan(p)[0], p)
+        lane = 4096 // code.threads
+        if target == "sm_90":
+            assert not re.search(r"div\.full|div\.approx|rcp\.approx", code.asm)
+            assert len(re.findall(r"div\.rn\.f32", code.asm)) == (lane if static else 2)
+            assert static or len(re.findall(r"fma\.rn\.f32", code.asm)) >= 4 * lane
+        else:
+            assert len(re.findall("v_div_fixup_f32", code.asm)) == (lane if static else 2)
