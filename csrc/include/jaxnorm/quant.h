@@ -242,8 +242,11 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
       if (row.active && row.lane == 0) store.store_scale(row.row, 0, scale.stored);
       encode_all(z, scale);
     } else if constexpr (in_slot) {
+      float a[REGS];  // all shuffles first: they wait together
 #pragma unroll
-      for (int k = 0; k < REGS; ++k) encode_group(k, z[k], lanes_max<GROUP>(slot_max(k, z[k])), bound);
+      for (int k = 0; k < REGS; ++k) a[k] = lanes_max<GROUP>(slot_max(k, z[k]));
+#pragma unroll
+      for (int k = 0; k < REGS; ++k) encode_group(k, z[k], a[k], bound);
       each_late<true>([&](int k, float (&f)[V]) { encode_group(k, f, lanes_max<GROUP>(slot_max(k, f)), bound); });
     } else if constexpr (in_wave) {
       constexpr int run = max_of(1, GROUP / LANES);  // slots of a group

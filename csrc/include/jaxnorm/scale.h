@@ -97,6 +97,15 @@ JN_DEV float clip(float v, float top) {
 #endif
 }
 
+JN_DEV int opaque(int v) {
+#if defined(JN_NVIDIA)
+  asm volatile("" : "+r"(v));
+#elif defined(JN_AMD)
+  asm volatile("" : "+v"(v));
+#endif
+  return v;
+}
+
 // What the values of a group are divided by.
 template <class Q> struct Scale {
   using Code = typename Q::Code;
@@ -157,11 +166,11 @@ template <class Q> struct Scale {
     } else {
       if constexpr (!Q::POWER && !Q::STATIC) {
         // A tiny s was lifted, so z must be. A scale that is not finite has codes that nobody looks at: int8, which has
-        // no NaN, gets zeros. A loop that runs at most once, because a compiler would turn a branch into V
-        // multiplications that each row waits for.
+        // no NaN, gets zeros. A loop that runs at most once, which no compiler can know: it would turn a branch into V
+        // predicated multiplications that every row pays for.
         const bool finite = (stored & 0x7f800000u) != 0x7f800000u;
 #pragma unroll 1
-        for (int rounds = direct ? 0 : 1; rounds > 0; --rounds) {
+        for (int rounds = opaque(direct ? 0 : 1); rounds > 0; --rounds) {
 #pragma unroll
           for (int i = 0; i < V; ++i) z[i] = Code::integer && !finite ? 0.f : z[i] * kLift;
         }
