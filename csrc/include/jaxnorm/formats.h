@@ -31,23 +31,32 @@ struct FP4 {
   static constexpr float top = 6.f;
 };
 
-// Does the conversion instruction of this target clip by itself?
-template <class F> struct Saturates {
-  static constexpr bool value = false;
+// What a conversion makes of values beyond the largest code: rounds those within half a step down to it (software),
+// clips all of them, or may overflow at once (AMD's instructions: nobody here could try them on a value one bit too
+// large).
+enum class Beyond { kRounds, kClips, kOverflows };
+template <class F> struct Conversion {
+  static constexpr Beyond beyond = Beyond::kRounds;
 };
+#define JN_CONVERSION(format, what)                \
+  template <> struct Conversion<format> {          \
+    static constexpr Beyond beyond = Beyond::what; \
+  }
 #if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 890
 #define JN_HARDWARE_FN 1
-template <> struct Saturates<E4M3FN> {
-  static constexpr bool value = true;
-};
-template <> struct Saturates<E5M2> {
-  static constexpr bool value = true;
-};
+JN_CONVERSION(E4M3FN, kClips);
+JN_CONVERSION(E5M2, kClips);
 #elif defined(__gfx950__)
 #define JN_HARDWARE_FN 1
+JN_CONVERSION(E4M3FN, kOverflows);
+JN_CONVERSION(E5M2, kOverflows);
+JN_CONVERSION(FP4, kOverflows);
 #elif defined(__gfx942__)
 #define JN_HARDWARE_FNUZ 1
+JN_CONVERSION(E4M3FNUZ, kOverflows);
+JN_CONVERSION(E5M2FNUZ, kOverflows);
 #endif
+#undef JN_CONVERSION
 
 // Exponent and mantissa bits of |f| in a small float format; f is no NaN.
 template <int MANTISSA, int BIAS> JN_DEV u32 small_float(float f) {

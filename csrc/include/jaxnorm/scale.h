@@ -15,9 +15,10 @@ template <class Code_, int GROUP_, Exponent EXPONENT_, Layout LAYOUT_, bool STAT
   static constexpr Exponent EXPONENT = EXPONENT_;
   static constexpr Layout LAYOUT = LAYOUT_;
   static constexpr bool STATIC = STATIC_, BOUNDED = BOUNDED_, POWER = EXPONENT != Exponent::kNone;
-  // A scale that came from the maximum itself keeps |z / s| within half a code of the top.
+  // A scale that came from the maximum itself keeps |z / s| within the rounding of one division of the top.
   static constexpr bool overflows = STATIC || BOUNDED || EXPONENT == Exponent::kDown || EXPONENT == Exponent::kEven;
-  static constexpr bool clips = overflows && !Saturates<Code>::value;
+  static constexpr Beyond beyond = Conversion<Code>::beyond;
+  static constexpr bool clips = beyond == Beyond::kOverflows || (overflows && beyond != Beyond::kClips);
 };
 
 // ---- maxima
@@ -86,13 +87,16 @@ JN_DEV float reciprocal(float s) {
 }
 
 constexpr float kLargest = 0x1.fffffep127f, kLift = 0x1p64f;
-// Comparisons, because they let NaN through.
-JN_DEV float clip(float v, float top) {
+// NAN_PASSES: else a NaN may become any number.
+template <bool NAN_PASSES> JN_DEV float clip(float v, float top) {
 #if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 800
   asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(top));
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(-top));
   return v;
 #else
+#if defined(JN_AMD)
+  if constexpr (!NAN_PASSES) return __builtin_amdgcn_fmed3f(v, -top, top);
+#endif
   return v > top ? top : v < -top ? -top : v;
 #endif
 }
@@ -152,7 +156,7 @@ template <class Q> struct Scale {
       z *= r;
     } else if constexpr (Q::STATIC || Q::BOUNDED) {  // the quotient may overflow
       constexpr float top = 2 * Code::top;
-      const float q = clip(z * r, top);
+      const float q = clip<Q::STATIC>(z * r, top);
       z = fused_multiply_add(fused_multiply_add(q, s, -z), -r, q);
     } else {
       z = quotient(z, s, r);
@@ -178,9 +182,9 @@ template <class Q> struct Scale {
 #pragma unroll
       for (int i = 0; i < V; ++i) divide(z[i]);
     }
-    if constexpr (Q::clips) {
+    if constexpr (Q::clips) {  // NaN only where the scale is no number
 #pragma unroll
-      for (int i = 0; i < V; ++i) z[i] = clip(z[i], Code::top);
+      for (int i = 0; i < V; ++i) z[i] = clip<Q::STATIC>(z[i], Code::top);
     }
     if constexpr (Code::integer && Q::STATIC) {
 #pragma unroll
