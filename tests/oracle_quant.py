@@ -244,7 +244,9 @@ def assert_scales(got: Any, want: Codes, spec: Any, what: str, exact: bool) -> n
     assert not np.isfinite(rows[~finite]).any(), f"{what}: a bad row does not show in its scale"
     error = np.abs(rows[finite].astype(np.float64) - want.scale[finite])
     limit = 0 if exact else 2.0**-20 * np.abs(want.scale[finite])
-    assert (error <= limit).all(), f"{what}: scales {rows[finite][error > limit][:4]}, {want.scale[finite][error > limit][:4]}"
+    assert (error <= limit).all(), (
+        f"{what}: scales {rows[finite][error > limit][:4]}, {want.scale[finite][error > limit][:4]}"
+    )
     return rows
 
 
@@ -333,7 +335,7 @@ class Case:
         return jax.jit(lambda a: self.call(a, backend))(arrays)
 
     def norm(self, arrays: dict[str, np.ndarray]) -> oracle.Forward:
-        options = {k: v for k, v in self.options.items()}
+        options = dict(self.options)
         if self.op == "add_rmsnorm_quant":
             return oracle.add_rmsnorm(arrays["x"], arrays["residual"], arrays.get("weight"), **options)
         return oracle.rmsnorm(arrays["x"], arrays.get("weight"), **options)
@@ -349,7 +351,9 @@ class Case:
             z = z * np.concatenate([smooth, np.zeros(z.shape[-1] - smooth.size, z.dtype)])
         return quantize(z, self.spec, self.name, arrays.get("static_scale"))
 
-    def check(self, arrays: dict[str, np.ndarray], out: dict[str, Any], what: str = "", exact: bool | None = None) -> None:
+    def check(
+        self, arrays: dict[str, np.ndarray], out: dict[str, Any], what: str = "", exact: bool | None = None
+    ) -> None:
         """``exact`` concerns the codes of ``quantize``; None: exact, as the reference divides."""
         want = self.expected(arrays)
         exact = want.z.dtype == np.float32 if exact is None else exact

@@ -228,7 +228,8 @@ def test_a_static_scale_divides(shape, constant):
     spec, s = QuantSpec("int8"), np.full(shape, 0.3, np.float32)
     x = cases.normal(cases.rng(), (50, 4000), "float32", std=12.0)
     x[0, :1000] = (np.arange(1000) % 127 + 0.5) * 0.3
-    q = jax.jit(lambda x: jaxnorm.quantize(x, spec, static_scale=s))(x) if constant else jaxnorm.quantize(x, spec, static_scale=s)  # fmt: skip
+    f = lambda x, s: jaxnorm.quantize(x, spec, static_scale=s)  # noqa: E731
+    q = jax.jit(lambda x: f(x, s))(x) if constant else jax.jit(f)(x, s)
     oq.assert_quantized(q, oq.quantize(x, spec, "int8", np.float32(0.3)), spec, exact=True)
     assert q.scale.shape == ()
 
@@ -245,7 +246,8 @@ def test_minus_zero(name):
 def test_minus_zero_in_fp4():
     x = np.zeros((1, 32), np.float32)
     x[0, :5] = [-0.0, -0.1, 0.1, 6.0, -6.0]
-    np.testing.assert_array_equal(oq.codes_of(jaxnorm.quantize(x, QuantSpec("fp4", **MX)).values, "fp4")[0, :6], [8, 8, 0, 7, 15, 0])
+    q = jaxnorm.quantize(x, QuantSpec("fp4", **MX))
+    np.testing.assert_array_equal(oq.codes_of(q.values, "fp4")[0, :6], [8, 8, 0, 7, 15, 0])
 
 
 @pytest.mark.parametrize("name", FP8)
@@ -273,14 +275,20 @@ def test_neighbours_of_every_tie(name):
 @pytest.mark.parametrize("spec", [QuantSpec("int8"), QuantSpec("fp8", group_size=16), QuantSpec("fp8", **MX)], ids=str)
 def test_rows_too_small_to_divide_by(spec):
     """Zeros, 1e-40, and a maximum on either side of maximum * 2**-126: scale 1 and codes of zero below it."""
-    top = np.float32(oq.MAXIMUM["int8" if spec.dtype == "int8" else FP8[0]])
+    name = "int8" if spec.dtype == "int8" else FP8[0]
+    top = np.float32(oq.MAXIMUM[name])
     x = np.zeros((5, 32), np.float32)
-    x[1], x[2], x[3], x[4] = 1e-40, -top * np.float32(2.0**-127), top * np.float32(2.0**-126), top * np.float32(2.0**-125)
+    x[1], x[2], x[3], x[4] = (
+        1e-40,
+        -top * np.float32(2.0**-127),
+        top * np.float32(2.0**-126),
+        top * np.float32(2.0**-125),
+    )
     q = jaxnorm.quantize(x, spec)
     scale = np.asarray(q.scale)
     one = 127 if spec.scale_dtype == "e8m0" else 1.0
     assert (scale[:3] == one).all()
-    assert (oq.steps(oq.codes_of(q.values, "int8" if spec.dtype == "int8" else FP8[0])[:3], "int8" if spec.dtype == "int8" else FP8[0]) == 0).all()
+    assert (oq.steps(oq.codes_of(q.values, name)[:3], name) == 0).all()
     want = [1, 2] if spec.scale_dtype == "e8m0" else [2.0**-126, 2.0**-125]
     assert (scale[3:] == np.array(want)[:, None]).all()
 

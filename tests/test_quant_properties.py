@@ -73,8 +73,12 @@ def test_codes_do_not_depend_on_powers_of_two(spec, power, seed):
 
     q, scaled, mirrored, moved = run(x), run(x * np.float32(2.0**power)), run(-x), run(x[order])
     tolerances.assert_same_bits(scaled.values, q.values)
-    rows, more, other = (oq.to_rows(s.scale, spec.scale_layout, (6,), spec.groups(features)) for s in (q, scaled, moved))
-    np.testing.assert_array_equal(more, rows.astype(int) + power if rows.dtype == np.uint8 else rows * np.float32(2.0**power))
+    rows, more, other = (
+        oq.to_rows(s.scale, spec.scale_layout, (6,), spec.groups(features)) for s in (q, scaled, moved)
+    )
+    np.testing.assert_array_equal(
+        more, rows.astype(int) + power if rows.dtype == np.uint8 else rows * np.float32(2.0**power)
+    )
     np.testing.assert_array_equal(
         oq.steps(oq.codes_of(mirrored.values, name), name), -oq.steps(oq.codes_of(q.values, name), name)
     )

@@ -49,21 +49,27 @@ def assert_same_bits_as_alone(case, arrays, out) -> None:
 
 
 # name -> (case, sharding of x, sharding of the scale: those of a shard's own rows)
+GROUPS, MXFP8, COLUMNS = (
+    QuantSpec("int8", group_size=32),
+    QuantSpec("fp8", **MX),
+    {"group_size": 32, "scale_layout": "column"},
+)
+TILES = QuantSpec("fp8", scale_layout="shuffled", **MX)
+DP, BOTH = P("dp", None), P(("dp", "tp"), None)
 BY_ROWS = {
-    "token": (Case("add_rmsnorm_quant", QuantSpec("int8"), 64, (16,), keep=True), P("dp", None), P("dp", None)),
-    "group-both-axes": (Case("rmsnorm_quant", QuantSpec("fp8", group_size=32), 64, (8, 6)), P("dp", "tp", None), P("dp", "tp", None)),
-    "one-dim-both-axes": (Case("quantize", QuantSpec("fp8", **MX), 64, (16,)), P(("dp", "tp"), None), P(("dp", "tp"), None)),
+    "token": (Case("add_rmsnorm_quant", QuantSpec("int8"), 64, (16,), keep=True), DP, DP),
+    "group-both-axes": (Case("rmsnorm_quant", GROUPS, 64, (8, 6)), P("dp", "tp", None), P("dp", "tp", None)),
+    "one-dim-both-axes": (Case("quantize", MXFP8, 64, (16,)), BOTH, BOTH),
     "second-dim": (Case("quantize", QuantSpec("int8"), 64, (3, 16)), P(None, "dp", None), P(None, "dp", None)),
-    "static": (Case("rmsnorm_quant", QuantSpec("int8"), 64, (16,), static=0.03), P("dp", None), P()),
-    "padded": (Case("add_rmsnorm_quant", QuantSpec("int8", group_size=32), 72, (16,), smooth="float32",
-                    options={"pad_to_multiple": 96}), P("dp", None), P("dp", None)),
-    "fp4": (Case("rmsnorm_quant", QuantSpec("fp4", **MX), 64, (16,)), P("dp", None), P("dp", None)),
-    "column": (Case("add_rmsnorm_quant", QuantSpec("fp8", group_size=32, scale_layout="column"), 64, (16,)), P("dp", None), P(None, "dp")),
-    "column-3d": (Case("quantize", QuantSpec("int8", group_size=32, scale_layout="column"), 64, (8, 6)), P("dp", None, None), P(None, "dp")),
-    "shuffled": (Case("rmsnorm_quant", QuantSpec("fp8", scale_layout="shuffled", **MX), 64, (256,)), P("dp", None), P("dp", None)),
-    "shuffled-both-axes": (Case("quantize", QuantSpec("fp4", scale_layout="shuffled", **MX), 64, (512,)), P(("dp", "tp"), None), P(("dp", "tp"), None)),
-    "shuffled-3d": (Case("quantize", QuantSpec("fp8", scale_layout="shuffled", **MX), 64, (4, 256)), P("dp", None, None), P("dp", None)),
-}  # fmt: skip
+    "static": (Case("rmsnorm_quant", QuantSpec("int8"), 64, (16,), static=0.03), DP, P()),
+    "padded": (Case("add_rmsnorm_quant", GROUPS, 72, (16,), smooth="float32", options={"pad_to_multiple": 96}), DP, DP),
+    "fp4": (Case("rmsnorm_quant", QuantSpec("fp4", **MX), 64, (16,)), DP, DP),
+    "column": (Case("add_rmsnorm_quant", QuantSpec("fp8", **COLUMNS), 64, (16,)), DP, P(None, "dp")),
+    "column-3d": (Case("quantize", QuantSpec("int8", **COLUMNS), 64, (8, 6)), P("dp", None, None), P(None, "dp")),
+    "shuffled": (Case("rmsnorm_quant", TILES, 64, (256,)), DP, DP),
+    "shuffled-both-axes": (Case("quantize", QuantSpec("fp4", scale_layout="shuffled", **MX), 64, (512,)), BOTH, BOTH),
+    "shuffled-3d": (Case("quantize", TILES, 64, (4, 256)), P("dp", None, None), DP),
+}
 
 
 @meshes
@@ -89,27 +95,29 @@ def test_tiles_that_rows_would_split(rows):
     assert_same_bits_as_alone(case, arrays, out)
 
 
-# name -> (case, sharding of x, scale, bytes of one row's statistics)
+TP, DPTP, WIDE = P(None, "tp"), P("dp", "tp"), P(None, ("dp", "tp"))
+# name -> (case, sharding of x, of the scale, bytes of one row's statistics)
 BY_FEATURES = {
-    "quantize-groups": (Case("quantize", QuantSpec("int8", group_size=32), 256, (6,)), P(None, "tp"), P(None, "tp"), 0),
-    "quantize-mxfp8": (Case("quantize", QuantSpec("fp8", **MX), 256, (8,), smooth="float32"), P("dp", "tp"), P("dp", "tp"), 0),
-    "quantize-columns": (Case("quantize", QuantSpec("int8", group_size=32, scale_layout="column"), 256, (8,)), P("dp", "tp"), P("tp", "dp"), 0),
-    "quantize-static": (Case("quantize", QuantSpec("int8"), 256, (6,), static=0.03), P(None, "tp"), P(), 0),
-    "norm-groups": (Case("add_rmsnorm_quant", QuantSpec("fp8", group_size=64), 256, (8,), keep=True), P("dp", "tp"), P("dp", "tp"), 4),
-    "norm-groups-8-ways": (Case("rmsnorm_quant", QuantSpec("int8", group_size=32), 256, (6,)), P(None, ("dp", "tp")), P(None, ("dp", "tp")), 4),
-    "norm-static": (Case("rmsnorm_quant", QuantSpec("fp8"), 256, (6,), static=0.02), P(None, "tp"), P(), 4),
-    "norm-columns": (Case("rmsnorm_quant", QuantSpec("fp8", group_size=32, scale_layout="column"), 256, (8,)), P("dp", "tp"), P("tp", "dp"), 4),
-    "quantize-token": (Case("quantize", QuantSpec("int8"), 256, (8,)), P("dp", "tp"), P("dp", None), 4),
-    "norm-token": (Case("add_rmsnorm_quant", QuantSpec("int8", scale_ub=4.0), 256, (8,), smooth="float32"), P("dp", "tp"), P("dp", None), 8),
-}  # fmt: skip
-
-
+    "quantize-groups": (Case("quantize", GROUPS, 256, (6,)), TP, TP, 0),
+    "quantize-mxfp8": (Case("quantize", MXFP8, 256, (8,), smooth="float32"), DPTP, DPTP, 0),
+    "quantize-columns": (Case("quantize", QuantSpec("int8", **COLUMNS), 256, (8,)), DPTP, P("tp", "dp"), 0),
+    "quantize-static": (Case("quantize", QuantSpec("int8"), 256, (6,), static=0.03), TP, P(), 0),
+    "norm-groups": (Case("add_rmsnorm_quant", QuantSpec("fp8", group_size=64), 256, (8,), keep=True), DPTP, DPTP, 4),
+    "norm-groups-8-ways": (Case("rmsnorm_quant", GROUPS, 256, (6,)), WIDE, WIDE, 4),
+    "norm-static": (Case("rmsnorm_quant", QuantSpec("fp8"), 256, (6,), static=0.02), TP, P(), 4),
+    "norm-columns": (Case("rmsnorm_quant", QuantSpec("fp8", **COLUMNS), 256, (8,)), DPTP, P("tp", "dp"), 4),
+    "quantize-token": (Case("quantize", QuantSpec("int8"), 256, (8,)), DPTP, DP, 4),
+    "norm-token": (
+        Case("add_rmsnorm_quant", QuantSpec("int8", scale_ub=4.0), 256, (8,), smooth="float32"),
+        DPTP,
+        DP,
+        8,
+    ),
+}
 ON_EXPLICIT = ("quantize-groups", "quantize-columns", "norm-groups", "norm-static", "norm-token")
 
 
-@pytest.mark.parametrize(
-    "name, kind", [*((n, "Auto") for n in BY_FEATURES), *((n, "Explicit") for n in ON_EXPLICIT)]
-)
+@pytest.mark.parametrize("name, kind", [*((n, "Auto") for n in BY_FEATURES), *((n, "Explicit") for n in ON_EXPLICIT)])
 def test_features_sharded(name, kind):
     """Whole groups on each shard: only the sum of squares of a norm, nothing for quantize; per token also the row maximum."""
     case, x, scale, row_bytes = BY_FEATURES[name]

@@ -216,7 +216,9 @@ def test_strict_promotion_and_x64(case):
     arrays = case.arrays()
 
     def run():
-        return jax.jit(lambda a: (out := case.call(a), out["q"].dequantize(), out["q"].dequantize(jnp.bfloat16)))(arrays)
+        return jax.jit(lambda a: (out := case.call(a), out["q"].dequantize(), out["q"].dequantize(jnp.bfloat16)))(
+            arrays
+        )
 
     want = run()
     with jax.numpy_dtype_promotion("strict"):
@@ -273,7 +275,9 @@ def test_forward_mode_is_refused():
         jax.jvp(lambda x: jaxnorm.quantize(x, QuantSpec("float8_e4m3fn")).scale, (X,), (X,))
 
 
-@pytest.mark.parametrize("spec", [QuantSpec("int8"), QuantSpec("float8_e4m3fn"), QuantSpec("fp4", **MX)], ids=lambda s: s.dtype)
+@pytest.mark.parametrize(
+    "spec", [QuantSpec("int8"), QuantSpec("float8_e4m3fn"), QuantSpec("fp4", **MX)], ids=lambda s: s.dtype
+)
 def test_stop_gradient_of_the_result_is_enough(spec):
     """The rest of the function is differentiated as if the quantised branch were a constant; residual_out included."""
 

@@ -102,17 +102,28 @@ def test_spec_is_a_value():
 
 def test_the_contract_s_defaults():
     s = QuantSpec("int8")
-    assert (s.group_size, s.scale_dtype, s.scale_layout, s.scale_ub, s.e8m0_rounding) == (None, "float32", "row", None, "up")
+    assert (s.group_size, s.scale_dtype, s.scale_layout, s.scale_ub, s.e8m0_rounding) == (
+        None,
+        "float32",
+        "row",
+        None,
+        "up",
+    )
 
 
 # Quantized as a pytree
 
 LAYOUTS = {
-    "token": QuantSpec("int8"), "group": QuantSpec("fp8", group_size=32), "token-column": QuantSpec("int8", scale_layout="column"),
-    "column": QuantSpec("int8", group_size=64, scale_layout="column"), "fnuz": QuantSpec("float8_e4m3fnuz"),
-    "mxfp8-column": QuantSpec("fp8", scale_layout="column", **MX), "mxfp8-shuffled": QuantSpec("fp8", scale_layout="shuffled", **MX),
-    "mxfp4": QuantSpec("fp4", **MX), "mxfp4-shuffled": QuantSpec("fp4", scale_layout="shuffled", **MX),
-}  # fmt: skip
+    "token": QuantSpec("int8"),
+    "group": QuantSpec("fp8", group_size=32),
+    "token-column": QuantSpec("int8", scale_layout="column"),
+    "column": QuantSpec("int8", group_size=64, scale_layout="column"),
+    "fnuz": QuantSpec("float8_e4m3fnuz"),
+    "mxfp8-column": QuantSpec("fp8", scale_layout="column", **MX),
+    "mxfp8-shuffled": QuantSpec("fp8", scale_layout="shuffled", **MX),
+    "mxfp4": QuantSpec("fp4", **MX),
+    "mxfp4-shuffled": QuantSpec("fp4", scale_layout="shuffled", **MX),
+}
 layouts = pytest.mark.parametrize("spec", LAYOUTS.values(), ids=LAYOUTS)
 
 
@@ -143,7 +154,9 @@ def assert_back(got, want, dtype="float32"):
 def test_round_trips(spec):
     q, _ = example(spec)
     leaves, tree = jax.tree.flatten(q)
-    assert [a.dtype for a in leaves] == [q.values.dtype, q.scale.dtype] and tree == jax.tree.structure(jax.tree.map(lambda a: a, q))
+    assert [a.dtype for a in leaves] == [q.values.dtype, q.scale.dtype] and tree == jax.tree.structure(
+        jax.tree.map(lambda a: a, q)
+    )
     again = jax.tree.unflatten(tree, leaves)
     assert type(again) is Quantized and again.spec == q.spec and again.values is q.values
     assert_same(again, q)
@@ -188,6 +201,7 @@ def test_dequantize_after_vmap(spec):
     want = replace(case, spec=replace(spec, scale_layout="row")).expected(arrays)
     want = oq.decode(want.codes, want.name) * want.multiplier.astype(np.float64)
     one = lambda x: jaxnorm.quantize(x, spec)  # noqa: E731
+
     @jax.jit
     def program(x):
         once, twice = jax.vmap(one)(x), jax.vmap(jax.vmap(one))(x)

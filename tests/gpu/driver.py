@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import re
 
 import jax
 import numpy as np
 from jaxnorm.kernels.configs import Problem
 
-from jaxnorm import _launch
+from jaxnorm import _launch, _stage
+from jaxnorm._api import quant, rmsnorm  # noqa: F401  they register the stages
 
 GUARD = 4096
 """Bytes before the first buffer and at least as many after each."""
@@ -100,9 +100,8 @@ def run_guarded(
     Buffers start on 256 bytes, as XLA's do, and end where they end. Asserts that no byte outside of a launch's outputs changed.
     ``fill`` = 0xFF is NaN in every float format, so a value read from a guard shows in the results.
     """
-    plan = importlib.import_module(
-        f"jaxnorm.kernels.configs.{re.sub('_(fwd|bwd)$', '', problem.stage)}_{backend}"
-    ).plan(problem)
+    stage = _stage.STAGES[problem.stage]
+    plan = importlib.import_module(f"jaxnorm.kernels.configs.{stage.plans[backend]}").plan(problem)
     shapes = dict(problem.shapes) | {name: shape for launch in plan for name, shape, _ in launch.temps}
     dtypes = dict(problem.dtypes) | {name: dtype for launch in plan for name, _, dtype in launch.temps}
     size = lambda name: int(np.prod(shapes[name], dtype=np.int64)) * _numpy(dtypes[name]).itemsize  # noqa: E731
