@@ -89,7 +89,7 @@ def _reciprocal(e):
 def _scale(
     bits, UB: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr, TOP: tl.constexpr, E8M0: tl.constexpr
 ):
-    """(scale as stored, what :func:`_divide` takes, 1/s) from the bits of the maximum: float32 twice, or E and 1/s."""
+    """(scale as stored, what :func:`_quotient` takes, 1/s) from the bits of the maximum: float32 twice, or E and 1/s."""
     a = bits.to(tl.float32, bitcast=True)
     if UB > 0.0:
         a = tl.where(a > UB, UB, a)  # a comparison keeps NaN
@@ -101,15 +101,6 @@ def _scale(
         s = tl.div_rn(a, MAX)
         s = tl.where(s < 1.1754943508222875e-38, 1.0, s)
         return s, s, tl.div_rn(1.0, s)
-
-
-@triton.jit
-def _divide(z, s, E8M0: tl.constexpr):
-    """``z / s``: the IEEE quotient. With 1/s a power of two the product is the same number."""
-    if E8M0 != "":
-        return z * s
-    else:
-        return tl.div_rn(z, s)
 
 
 @triton.jit
@@ -126,12 +117,25 @@ def _divide_by(z, s, r):
 
 
 @triton.jit
-def _quotient(z, s, r, E8M0: tl.constexpr, CLIP: tl.constexpr):
-    """What to encode. Where values beyond the largest may occur a quotient may overflow, which the fast way does not survive."""
-    if E8M0 != "" or CLIP:
-        return _divide(z, s, E8M0)
+def _quotient(z, s, r, E8M0: tl.constexpr, EXACT: tl.constexpr):
+    """``z / s``, the IEEE quotient. With 1/s a power of two the product is the same number; where values beyond the largest may
+    occur a quotient may overflow, which the fast way does not survive."""
+    if E8M0 != "":
+        return z * s
+    elif EXACT:
+        return tl.div_rn(z, s)
     else:
         return _divide_by(z, s, r)
+
+
+@triton.jit
+def _convert_amd(v, HARD: tl.constexpr):
+    """fp8 by AMD's own instruction, "fp8" (e4m3) or "bf8" (e5m2), of the flavour of the target: the low byte of its result.
+
+    Not Triton's cast: Triton 3.6 keeps the conversions of the first AMD target of a process and takes them for the next target,
+    where it aborts or converts in software."""
+    ASM: tl.constexpr = "v_cvt_pk_" + HARD + "_f32 $0, $1, $1"
+    return tl.inline_asm_elementwise(ASM, "=v,v", [v], dtype=tl.int32, is_pure=True, pack=1).to(tl.uint8)
 
 
 @triton.jit
@@ -146,10 +150,8 @@ def _encode(
         return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     elif HARD == "e5m2":
         return v.to(tl.float8e5).to(tl.uint8, bitcast=True)
-    elif HARD == "e4m3fnuz":
-        return v.to(tl.float8e4b8).to(tl.uint8, bitcast=True)
-    elif HARD == "e5m2fnuz":
-        return v.to(tl.float8e5b16).to(tl.uint8, bitcast=True)
+    elif HARD != "":
+        return _convert_amd(v, HARD)
     elif MANTISSA == 0:
         # Adding 1.5 * 2**23 leaves the integer, to nearest even, in the low bits.
         v = tl.where(v != v, 0.0, v)
@@ -336,7 +338,7 @@ def quant_fwd(
     if HAS_SMOOTH:
         z = y * smooth
     if HAS_STATIC:
-        codes = _encode(_divide(z, tl.load(static_ptr), ""), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
+        codes = _encode(tl.div_rn(z, tl.load(static_ptr)), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
     elif GROUP == 0:
         scale, s, r = _scale(_row_max(_magnitude(z), CHUNKS), UB, MAX, MANTISSA, TOP, E8M0)
         codes = _encode(_quotient(z, spread(s, CHUNKS), spread(r, CHUNKS), E8M0, EXACT), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)

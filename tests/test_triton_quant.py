@@ -49,7 +49,13 @@ def problem(case: oq.Case, arrays, target="sm_90", scale_rows=None) -> Problem:
 def run(case: oq.Case, arrays=None, plan=quant_triton.plan, target="sm_90", **kw):
     arrays = case.arrays() if arrays is None else arrays
     p = problem(case, arrays, target)
-    return interpreter.run(plan(p), p, arrays, **kw)
+    return interpreter.run(tuple(map(without_assembly, plan(p))), p, arrays, **kw)
+
+
+def without_assembly(launch):
+    """AMD's conversions are inline assembly, which nothing here runs: the software ones in their place."""
+    constants = tuple((k, "" if k == "HARD" and v in ("fp8", "bf8") else v) for k, v in launch.constants)
+    return dataclasses.replace(launch, constants=constants)
 
 
 def check(case: oq.Case, arrays, got) -> None:

