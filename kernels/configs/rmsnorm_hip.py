@@ -180,6 +180,8 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     if _nvidia(problem) and chunks >= (MAX_THREADS if few else MAX_THREADS + 1) and thirds <= MAX_THREADS:
         # *H200*, three chunks a thread: 16x8192 2.06 us, 2.14 with 512 threads of two; 16x16384 2.69, 2.88 with 1024; 8192x16384
         # 1.032 of a copy, 1.069 with 512 threads of four. With a residual 16x16384 3.17 us, 3.23 with 1024; 8192x16384 no gain.
+        if not few and problem.rows <= 16 * compute_units(problem.target) and not problem.has("residual"):
+            return 256  # 1024x16384: 1.10 of a copy with eight chunks a thread, 1.15 with three
         if few or not problem.has("residual"):
             return thirds
     most = 512 if _nvidia(problem) else MAX_THREADS
@@ -244,7 +246,8 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
         return 1
     plain = all(d == "bfloat16" for n, d in problem.dtypes if n != "rstd")
     need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
-    fitting = [b for b in range(1, min(32, 2048 // threads) + 1) if _registers(threads, b) >= need]
+    most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
+    fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 
 
