@@ -120,8 +120,8 @@ def test_pairs(target, features, tmp_path):
 
 @pytest.mark.parametrize("target", ["gfx942", "sm_90"])
 def test_the_longest_tile_does_not_spill(target, tmp_path):
-    p = problem(target, quant_triton.TILE, E4M3, {"group_size": 128}, x=F32, residual=F32, weight=F32, smooth=F32)
-    check(p, tmp_path)
+    for x, spec in ((F32, {}), (BF16, {}), (BF16, {"group_size": 128})):
+        check(problem(target, quant_triton.TILE, E4M3, spec, x=x, residual=x, weight=F32, smooth=F32), tmp_path)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942", "gfx1100"])

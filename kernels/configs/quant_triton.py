@@ -64,7 +64,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     """
     _check(problem)
     width = _width(problem)
-    if width <= TILE:
+    if _held(problem):
         return (_launch(problem, _tile(problem, width)),)
     return (_launch(problem, Loop(LOOP, _vec(problem), 512 // wave_size(problem.target))),)
 
@@ -95,7 +95,7 @@ def _check(problem: Problem) -> None:
         raise Unsupported(f"groups of {group}; the kernels cover powers of two from 16 up")
     if _padded(problem) % group:
         raise Unsupported(f"groups of {group} do not divide rows of {_padded(problem)}")
-    if group > LOOP and _width(problem) > TILE:
+    if group > LOOP and not _held(problem):
         raise Unsupported(f"groups of {group} in rows of {_padded(problem)}; the kernels cover up to {LOOP} there")
 
 
@@ -119,6 +119,17 @@ def _width(problem: Problem) -> int:
     return max(width, 8 * problem.option("spec").group_size) if _shuffled(problem) else width
 
 
+def _held(problem: Problem) -> bool:
+    """Whether a tile holds the row. 1024 threads have 64 registers each on NVIDIA, where two float32 buffers of 16 elements and a
+    smooth scale spilled."""
+    width = _width(problem)
+    return width <= TILE and (problem.target.startswith("gfx") or width <= 8192 or _read_bytes(problem) <= 4)
+
+
+def _read_bytes(problem: Problem) -> int:
+    return sum(ITEMSIZE[problem.dtype(b)] for b in ("x", "residual") if problem.has(b))
+
+
 def _vec(problem: Problem) -> int:
     strides = [problem.shape(name)[-1] for name in ROW_BUFFERS if problem.has(name)] + [_padded(problem)]
     return max(min(VEC, stride & -stride) for stride in strides)
@@ -130,8 +141,7 @@ def _tile(problem: Problem, width: int) -> Tile:
         block = min(width, wave * vec)
         return Tile(width // block, 4 * wave * vec // block, block, vec, 4, block // vec)
     # 16 elements a lane; at 1024 with a residual on NVIDIA 8, as measured for the norm
-    read = sum(ITEMSIZE[problem.dtype(b)] for b in ("x", "residual") if problem.has(b))
-    threads = min(width // (8 if sm and width == 1024 and read > 2 else 16), 1024)
+    threads = min(width // (8 if sm and width == 1024 and _read_bytes(problem) > 2 else 16), 1024)
     return Tile(0, 1, width, vec, threads // wave)
 
 
