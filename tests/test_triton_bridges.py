@@ -145,9 +145,10 @@ def test_jax_triton_refuses_by_name(monkeypatch):
     p = problem("gfx1100")
     with pytest.raises(UnsupportedError, match="64 lanes, gfx1100 has 32"):
         jax_triton_bridge.call(rmsnorm_triton.plan(p)[0], p, [], [])
-    p = dataclasses.replace(problem("sm_90"), dtypes=(*problem("sm_90").dtypes, ("values", "float8_e4m3fn")))
+    plain = problem("sm_90")
+    coded = dataclasses.replace(plain, dtypes=(*plain.dtypes, ("values", "float8_e4m3fn")))
     with pytest.raises(UnsupportedError, match="fp8"):
-        jax_triton_bridge.call(rmsnorm_triton.plan(p)[0], p, [], [])
+        jax_triton_bridge.call(rmsnorm_triton.plan(plain)[0], coded, [], [])
     monkeypatch.setattr(jax_triton_bridge, "available", lambda platform: (False, "too old.", "Upgrade."))
     with pytest.raises(UnsupportedError, match=r"too old\. Upgrade\."):
         jax_triton_bridge.call(rmsnorm_triton.plan(p)[0], p, [], [])
