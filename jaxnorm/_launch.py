@@ -63,6 +63,10 @@ def _lower(ctx: Any, args: Any, fun: Any) -> Any:
 def _lower_cpu(ctx: Any, *args: Any, call: StageCall) -> Any:
     from . import _dispatch
 
+    if (
+        len(ctx.module_context.platforms) > 1
+    ):  # one export for several platforms; a plain CPU run may imitate any flavour
+        _check_fp8(call, "cpu")
     _dispatch.choose(call, problem(call, ctx.avals_in, ""), "cpu")  # raises when a kernel backend was named
     return _lower_reference(ctx, *args, call=call)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import export
 
 from .errors import value_error
 
@@ -156,3 +158,11 @@ class Quantized:
 
     def replace(self, **changes: Any) -> Quantized:
         return dataclasses.replace(self, **changes)
+
+
+export.register_pytree_node_serialization(  # a Quantized among the results of an exported program
+    Quantized,
+    serialized_name="jaxnorm.Quantized",
+    serialize_auxdata=lambda spec: json.dumps(dataclasses.asdict(spec)).encode(),
+    deserialize_auxdata=lambda data: QuantSpec(**json.loads(bytes(data))),
+)

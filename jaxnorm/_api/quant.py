@@ -70,8 +70,9 @@ def _quantize_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Ar
     return _encode(call, f32(a["x"]), a, axes)
 
 
-RMSNORM_QUANT = register_stage(StageDef("rmsnorm_quant_fwd", "rmsnorm_quant", _rmsnorm_reference))
-QUANTIZE = register_stage(StageDef("quantize_fwd", "quantize", _quantize_reference))
+_PLANS = {"triton": "quant_triton", "hip": "quant_hip"}
+RMSNORM_QUANT = register_stage(StageDef("rmsnorm_quant_fwd", "rmsnorm_quant", _rmsnorm_reference, _PLANS))
+QUANTIZE = register_stage(StageDef("quantize_fwd", "quantize", _quantize_reference, _PLANS))
 
 
 @dataclass(frozen=True)
