@@ -40,7 +40,9 @@ _twins: dict[
 
 def expected_internals() -> list[str]:
     """What this module needs of triton's interpreter and does not find: empty, or the interpreter changed."""
-    missing = [f"InterpreterBuilder.{name}" for name in (*CASTS, "create_fma") if not hasattr(interpreter_builder, name)]
+    missing = [
+        f"InterpreterBuilder.{name}" for name in (*CASTS, "create_fma") if not hasattr(interpreter_builder, name)
+    ]
     for name in (
         "InterpretedFunction",
         "GridExecutor",

@@ -209,7 +209,9 @@ def test_the_weight_may_be_asked_for_early(case):
     arrays = case.operands()
 
     def plan(early):
-        return lambda p: (rmsnorm_triton._fwd_long(p, dataclasses.replace(rmsnorm_triton._loop(p), block=256, early=early)),)
+        return lambda p: (
+            rmsnorm_triton._fwd_long(p, dataclasses.replace(rmsnorm_triton._loop(p), block=256, early=early)),
+        )
 
     got, want = forward(case, arrays, plan(True)), forward(case, arrays, plan(False))
     case.check(got, arrays)

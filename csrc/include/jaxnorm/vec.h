@@ -54,8 +54,8 @@ template <class T, int V> JN_DEV Chunk<T, V> narrow(const float (&f)[V]) {
   return c;
 }
 
-// One access of at most 16 bytes. Streamed: read once; on NVIDIA an ordinary load all the same, which was 3 to 5 % faster on an H200
-// than one that bypasses the first-level cache (8192x4096 1.04 of a copy against 1.07).
+// One access of at most 16 bytes. Streamed: read once; on NVIDIA an ordinary load all the same, which was 3 to 5 %
+// faster on an H200 than one that bypasses the first-level cache (8192x4096 1.04 of a copy against 1.07).
 template <int BYTES, bool STREAMED> JN_DEV Bits<BYTES> load_piece(const char* p) {
 #if defined(JN_NVIDIA)
   // volatile keeps the loads where they are written: all of a row before the first use of one
