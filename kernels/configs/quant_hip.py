@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
-from .rmsnorm_hip import (
+from ._hip import (
     MAX_FEATURES,
     MAX_THREADS,
     TYPES,
     Constants,
-    Forward,
     _ceil,
     _grid,
     _itemsize,
@@ -26,6 +25,7 @@ from .rmsnorm_hip import (
     _sum_bytes,
     _type,
 )
+from .rmsnorm_hip import Forward
 
 SOURCE = "quant.hip"
 STAGES = ("rmsnorm_quant_fwd", "quantize_fwd")

@@ -11,16 +11,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
+from ._hip import (
+    MAX_FEATURES,
+    MAX_THREADS,
+    TYPES,
+    Constants,
+    _ceil,
+    _grid,
+    _itemsize,
+    _nvidia,
+    _registers,
+    _round_up,
+    _row_registers,
+    _sum_bytes,
+    _type,
+    _width,
+)
 
-GRID_X = (
-    1 << 21
-)  # gpu.h:kGridX; AMD wants blocks * threads < 2^32 in each dimension, and a block has at most 1024 threads
-MAX_FEATURES = 1 << 24  # columns are 32-bit and 1/N is a float32
-MAX_THREADS = 1024
-TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SOURCE = "rmsnorm.hip"
-
-Constants = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,6 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     return [_backward_launches(problem, c) for c in backwards]
 
 
-# ---- what both directions share
-
-
 def _check(problem: Problem) -> None:
     if problem.stage not in ("rmsnorm_fwd", "rmsnorm_bwd"):
         raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
@@ -91,22 +96,6 @@ def _check(problem: Problem) -> None:
             raise Unsupported(f"{name} is {dtype}; the kernels read and write {', '.join(TYPES)}.")
 
 
-def _nvidia(problem: Problem) -> bool:
-    return problem.target.startswith("sm_")
-
-
-def _type(problem: Problem, name: str) -> str:
-    return TYPES[problem.dtype(name)] if problem.has(name) else "None"
-
-
-def _itemsize(problem: Problem, name: str) -> int:
-    return ITEMSIZE[problem.dtype(name)] if problem.has(name) else 0
-
-
-def _width(problem: Problem, padded: str) -> int:
-    return problem.shape(padded)[-1]
-
-
 def vector(problem: Problem) -> int:
     """Elements of a chunk: 16 bytes of the narrowest buffer, less if some row would then start off a chunk boundary."""
     padded = "y" if problem.stage == "rmsnorm_fwd" else "dy"
@@ -114,26 +103,6 @@ def vector(problem: Problem) -> int:
     while problem.features % v or _width(problem, padded) % v:
         v //= 2
     return v
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _round_up(a: int, b: int) -> int:
-    return _ceil(a, b) * b
-
-
-def _grid(blocks: int) -> tuple[int, int, int]:
-    return (min(blocks, GRID_X), _ceil(blocks, GRID_X), 1)
-
-
-def _sum_bytes(chunks: int, lanes: int, wave: int) -> int:
-    """RowSum::bytes"""
-    return 0 if lanes <= wave else _ceil(_ceil(chunks, lanes) * (lanes // wave), 4) * 16
-
-
-# ---- forward
 
 
 def _held_words(problem: Problem, v: int) -> int:
@@ -190,14 +159,6 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     return lanes
 
 
-def _row_registers(problem: Problem) -> int:
-    """Registers that a thread of the largest block may hold of a row. 1024 threads leave each 64 on NVIDIA, 128 on gfx9 and 96 on
-    gfx11; about half of them."""
-    if _nvidia(problem):
-        return 32
-    return 64 if problem.target.startswith("gfx9") else 48
-
-
 def _room(problem: Problem, blocks: int) -> int:
     """Chunks a thread of 512 can keep on chip with ``blocks`` of them on a compute unit."""
     words = _held_words(problem, vector(problem))
@@ -249,12 +210,6 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
     most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
     fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
-
-
-def _registers(threads: int, blocks: int) -> int:
-    """Registers a thread gets on NVIDIA: each quarter of a unit has 16384, given out to whole warps, eight to a lane at a time."""
-    warps = _ceil(blocks * _ceil(threads, 32), 4)
-    return min(255, 16384 // (warps * 32) // 8 * 8)
 
 
 def _forward_candidates(problem: Problem) -> Iterator[Forward]:
@@ -327,8 +282,6 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         shared=_sum_bytes(chunks, c.lanes, wave) + c.shared * _chunk_bytes(problem) * c.lanes,
     )
 
-
-# ---- backward
 
 ROW_INPUTS = ("n", "dy", "dresidual_out")
 

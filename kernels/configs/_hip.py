@@ -1,0 +1,60 @@
+"""What the plans of all HIP kernels share: limits, types, grids, registers."""
+
+from __future__ import annotations
+
+from . import ITEMSIZE, Problem
+
+# gpu.h:kGridX; AMD wants blocks * threads < 2^32 in each dimension, and a block has at most 1024 threads
+GRID_X = 1 << 21
+MAX_FEATURES = 1 << 24  # columns are 32-bit and 1/N is a float32
+MAX_THREADS = 1024
+TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Constants = tuple[tuple[str, object], ...]
+
+
+def _nvidia(problem: Problem) -> bool:
+    return problem.target.startswith("sm_")
+
+
+def _type(problem: Problem, name: str) -> str:
+    return TYPES[problem.dtype(name)] if problem.has(name) else "None"
+
+
+def _itemsize(problem: Problem, name: str) -> int:
+    return ITEMSIZE[problem.dtype(name)] if problem.has(name) else 0
+
+
+def _width(problem: Problem, padded: str) -> int:
+    return problem.shape(padded)[-1]
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, b: int) -> int:
+    return _ceil(a, b) * b
+
+
+def _grid(blocks: int) -> tuple[int, int, int]:
+    return (min(blocks, GRID_X), _ceil(blocks, GRID_X), 1)
+
+
+def _sum_bytes(chunks: int, lanes: int, wave: int) -> int:
+    """RowSum::bytes"""
+    return 0 if lanes <= wave else _ceil(_ceil(chunks, lanes) * (lanes // wave), 4) * 16
+
+
+def _row_registers(problem: Problem) -> int:
+    """Registers that a thread of the largest block may hold of a row. 1024 threads leave each 64 on NVIDIA, 128 on gfx9 and 96 on
+    gfx11; about half of them."""
+    if _nvidia(problem):
+        return 32
+    return 64 if problem.target.startswith("gfx9") else 48
+
+
+def _registers(threads: int, blocks: int) -> int:
+    """Registers a thread gets on NVIDIA: each quarter of a unit has 16384, given out to whole warps, eight to a lane at a time."""
+    warps = _ceil(blocks * _ceil(threads, 32), 4)
+    return min(255, 16384 // (warps * 32) // 8 * 8)
