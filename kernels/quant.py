@@ -86,9 +86,7 @@ def _reciprocal(e):
 
 
 @triton.jit
-def _scale(
-    bits, UB: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr, TOP: tl.constexpr, E8M0: tl.constexpr
-):
+def _scale(bits, UB: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr, TOP: tl.constexpr, E8M0: tl.constexpr):
     """(scale as stored, what :func:`_quotient` takes, 1/s) from the bits of the maximum: float32 twice, or E and 1/s."""
     a = bits.to(tl.float32, bitcast=True)
     if UB > 0.0:
@@ -341,7 +339,9 @@ def quant_fwd(
         codes = _encode(tl.div_rn(z, tl.load(static_ptr)), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
     elif GROUP == 0:
         scale, s, r = _scale(_row_max(_magnitude(z), CHUNKS), UB, MAX, MANTISSA, TOP, E8M0)
-        codes = _encode(_quotient(z, spread(s, CHUNKS), spread(r, CHUNKS), E8M0, EXACT), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP)
+        codes = _encode(
+            _quotient(z, spread(s, CHUNKS), spread(r, CHUNKS), E8M0, EXACT), MAX, MANTISSA, BIAS, FNUZ, HARD, CLIP
+        )
         store_row_scalar(scale_ptr, first, scale, M, CHUNKS, ROWS, LANES)
     else:
         zg = _grouped(z, CHUNKS, ROWS, WIDTH, GROUP)

@@ -279,7 +279,9 @@ def test_the_fast_quotient_is_the_ieee_one(plan):
     """Values next to the ties of their codes, for scales with awkward last bits: a product with the reciprocal fails here."""
     rng = np.random.default_rng(0)
     rows, features = 96, 64
-    most = rng.uniform(0.5, 2.0, (rows, 1)).astype(np.float32) * 2.0 ** rng.integers(-90, 90, (rows, 1)).astype(np.float32)
+    most = rng.uniform(0.5, 2.0, (rows, 1)).astype(np.float32) * 2.0 ** rng.integers(-90, 90, (rows, 1)).astype(
+        np.float32
+    )
     most = most.astype(np.float32)
     scale = most / np.float32(127)
     ties = (rng.integers(0, 126, (rows, features)) + 0.5) * scale.astype(np.float64)

@@ -103,7 +103,13 @@ def test_templates(target, tmp_path):
 # What combines, each option with several others; "spec" of a static scale is empty.
 PAIRS = [
     {"dtype": "int8", "x": F32, "residual": BF16, "weight": F32, "smooth": F32, "y": F32},
-    {"dtype": E4M3, "spec": {"group_size": 64, "scale_layout": "column"}, "residual": F32, "y": BF16, "rounding": "input"},
+    {
+        "dtype": E4M3,
+        "spec": {"group_size": 64, "scale_layout": "column"},
+        "residual": F32,
+        "y": BF16,
+        "rounding": "input",
+    },
     {"dtype": "fp4", "spec": MX, "x": F16, "residual": None, "smooth": BF16, "padded": True, "cast": "before_weight"},
     {"dtype": "float8_e4m3fnuz", "static": True, "x": BF16, "residual": F16, "weight": None, "y": F16},
     {"dtype": E4M3, "spec": MX | {"scale_layout": "shuffled", "e8m0_rounding": "even"}, "x": F32, "alone": True},

@@ -40,7 +40,11 @@ def call(launch: Launch, problem: Problem, args: Sequence[Any], out_types: Seque
         usable, reason, remedy = False, f"jax-triton launches waves of 64 lanes, {problem.target} has 32.", REMEDY
     if usable and any(dtype.startswith("float8") for _, dtype in problem.dtypes):
         # Our kernels write codes as bytes; into an fp8 pointer, which jax-triton would pass, they would be converted once more.
-        usable, reason, remedy = False, "jax-triton passes fp8 buffers with their dtype, the kernels write bytes.", REMEDY
+        usable, reason, remedy = (
+            False,
+            "jax-triton passes fp8 buffers with their dtype, the kernels write bytes.",
+            REMEDY,
+        )
     if not usable:
         raise UnsupportedError(problem.stage, problem.target, reason, remedy)
     return list(_module(problem.target).triton_call(*arguments(launch, args), **keywords(launch, problem, out_types)))

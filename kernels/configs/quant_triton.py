@@ -151,7 +151,10 @@ def _hardware(dtype: str, target: str) -> str:
         # On sm_89 Triton 3.6 goes through float16 rounded toward zero, hence rounds twice.
         native = dtype in ("float8_e4m3fn", "float8_e5m2") and int(target[3:]) >= 90
         return dtype.removeprefix("float8_") if native else ""
-    own = {"gfx942": {"float8_e4m3fnuz": "fp8", "float8_e5m2fnuz": "bf8"}, "gfx950": {"float8_e4m3fn": "fp8", "float8_e5m2": "bf8"}}
+    own = {
+        "gfx942": {"float8_e4m3fnuz": "fp8", "float8_e5m2fnuz": "bf8"},
+        "gfx950": {"float8_e4m3fn": "fp8", "float8_e5m2": "bf8"},
+    }
     return own.get(target, {}).get(dtype, "")
 
 
@@ -161,7 +164,10 @@ def _constants(problem: Problem) -> tuple[tuple[str, object], ...]:
     form, group = FORMATS[spec.dtype], 0 if static else spec.group_size or 0
     groups = _padded(problem) // group if group else 1
     e8m0 = spec.e8m0_rounding if group and spec.scale_dtype == "e8m0" else ""
-    hard, bounded = _hardware(spec.dtype, problem.target), 0.0 if static or spec.scale_ub is None else float(spec.scale_ub)
+    hard, bounded = (
+        _hardware(spec.dtype, problem.target),
+        0.0 if static or spec.scale_ub is None else float(spec.scale_ub),
+    )
     saturates = static or bounded > 0 or e8m0 in ("down", "even")
     return (
         ("N", problem.features),
