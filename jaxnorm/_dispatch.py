@@ -97,6 +97,9 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
             )
         try:
             plan, road = _serve(call, p, platform, backend)
+        except _NoKernelError as e:
+            rejected.append((backend, e.reason))
+            continue
         except UnsupportedError as e:
             if backend in required() or ("launcher" in required() and "launcher" in e.reason):
                 raise
@@ -127,6 +130,10 @@ def has_residual(p: Problem) -> bool:
     return any(p.has(name) for name in ("residual", "residual_out", "dresidual_out"))
 
 
+class _NoKernelError(UnsupportedError):
+    """The backend is there but has no kernel for this call: nothing is missing that ``JAXNORM_REQUIRE`` could ask for."""
+
+
 def _serve(call: StageCall, p: Problem, platform: str, backend: str) -> tuple[tuple[Launch, ...], str]:
     """(plan, road) of a kernel backend, or UnsupportedError with the reason."""
     usable, reason, remedy = compiler(backend, p.target)
@@ -141,7 +148,7 @@ def _serve(call: StageCall, p: Problem, platform: str, backend: str) -> tuple[tu
             raise Unsupported(f"{call.op} has no {backend} kernel.")
         return importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan(p), road
     except Unsupported as e:
-        raise UnsupportedError(
+        raise _NoKernelError(
             call.op, p.target, str(e), "Leave backend=None to fall back to another backend."
         ) from None
 
