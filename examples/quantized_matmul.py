@@ -50,21 +50,24 @@ def grouped_product(a: Quantized, w: Quantized) -> jax.Array:
 
 
 def mx_product(a: Quantized, w: Quantized) -> jax.Array:
-    """MXFP8: ``jax.nn.scaled_matmul`` takes the codes and the exponents as they are (float8_e8m0fnu is the same byte)."""
+    """MXFP8 (e4m3fn by its definition): ``jax.nn.scaled_matmul`` takes the codes and the exponents as they are.
+
+    float8_e8m0fnu is the same byte as the exponent.
+    """
     e8m0 = lambda q: jax.lax.bitcast_convert_type(q.scale, jnp.float8_e8m0fnu)[None]  # noqa: E731
     return jax.nn.scaled_matmul(a.values[None], w.values[None], e8m0(a), e8m0(w))[0]
 
 
 def mx_product_by_groups(a: Quantized, w: Quantized) -> jax.Array:
-    """The same where jax has no ``scaled_matmul``: the exponents as float32 powers of two."""
+    """The same without ``scaled_matmul``: the exponents as float32 powers of two."""
     power = lambda q: q.replace(scale=jnp.exp2(q.scale.astype(jnp.float32) - 127))  # noqa: E731
     return grouped_product(power(a), power(w))
 
 
 def mx_on_this_platform() -> Callable[[Quantized, Quantized], jax.Array]:
-    """``scaled_matmul`` is implemented for CUDA alone as of jax 0.10."""
-    cuda = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
-    return mx_product if cuda and hasattr(jax.nn, "scaled_matmul") else mx_product_by_groups
+    """``scaled_matmul`` has lowerings for CUDA and ROCm, none for CPU."""
+    there = jax.default_backend() == "gpu" and hasattr(jax.nn, "scaled_matmul")
+    return mx_product if there else mx_product_by_groups
 
 
 def recipes() -> dict[str, tuple[QuantSpec, Callable[[Quantized, Quantized], jax.Array]]]:
@@ -74,7 +77,7 @@ def recipes() -> dict[str, tuple[QuantSpec, Callable[[Quantized, Quantized], jax
         "int8, groups of 128": (QuantSpec("int8", group_size=128), grouped_product),
         "fp8, per token": (QuantSpec("fp8"), fp8_product),
         "fp8, groups of 128": (QuantSpec("fp8", group_size=128), grouped_product),
-        "mxfp8": (QuantSpec("fp8", group_size=32, scale_dtype="e8m0"), mx_on_this_platform()),
+        "mxfp8": (QuantSpec("float8_e4m3fn", group_size=32, scale_dtype="e8m0"), mx_on_this_platform()),
     }
 
 

@@ -68,11 +68,12 @@ def test_quantize_options(spec, x_dtype):
 def norms():
     for dtype in ("int8", *FP8):
         yield Case("rmsnorm_quant", QuantSpec(dtype))
-        yield Case("rmsnorm_quant", QuantSpec(dtype), static=0.02)
-        yield Case("rmsnorm_quant", QuantSpec(dtype, group_size=128, scale_layout="column"), smooth="float32")
+        if dtype in ("int8", FP8[1], FP8[2]):
+            yield Case("rmsnorm_quant", QuantSpec(dtype), static=0.02)
+            yield Case("rmsnorm_quant", QuantSpec(dtype, group_size=128, scale_layout="column"), smooth="float32")
     for dtype in FLOAT_FORMATS:
         yield Case("rmsnorm_quant", QuantSpec(dtype, **MX), x_dtype="float16", weight_dtype="float32")
-    for g in (16, 32, 64, 96):
+    for g in (16, 96):
         yield Case("rmsnorm_quant", QuantSpec("int8", group_size=g), x_dtype="float32", weight_dtype="float16")
     yield Case("rmsnorm_quant", QuantSpec("fp8", scale_ub=1.0), weight_dtype=None)
     yield Case("rmsnorm_quant", QuantSpec("int8", group_size=13), 83 * 13, (3,), options={"weight_offset": 1.0})
@@ -97,8 +98,7 @@ def test_norms(case):
     case.check(arrays, case.run(arrays))
 
 
-@pytest.mark.parametrize("features", [5120, 6144])
-@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("features, group", [(5120, 32), (5120, 128), (6144, 64), (6144, 128)])
 def test_widths_that_aiter_refuses(features, group):
     case = Case("add_rmsnorm_quant", QuantSpec("fp8", group_size=group), features, (2,))
     arrays = case.arrays()
@@ -294,7 +294,7 @@ def test_rows_too_small_to_divide_by(spec):
 
 
 @pytest.mark.parametrize("rounding", ["up", "down", "even"])
-@pytest.mark.parametrize("name", FLOAT_FORMATS)
+@pytest.mark.parametrize("name", [*FP8[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in FP8[2:]), "fp4"])
 def test_exponents_by_their_definition(name, rounding):
     """E for maximum * 2**k, its float32 neighbours, powers of two and random maxima; ``up`` by the smallest E that fits."""
     top = oq.MAXIMUM[name]
@@ -337,7 +337,7 @@ def test_a_row_of_one_huge_value():
 BAD_SPECS = [
     QuantSpec("int8"), QuantSpec("fp8"), QuantSpec("float8_e5m2", scale_ub=1.0), QuantSpec("int8", group_size=32),
     QuantSpec("float8_e4m3fnuz", group_size=64, scale_layout="column"),
-    *(QuantSpec("fp8", e8m0_rounding=r, scale_layout="shuffled", **MX) for r in ("up", "down", "even")),
+    QuantSpec("fp8", e8m0_rounding="down", scale_layout="shuffled", **MX),
     QuantSpec("fp4", **MX),
 ]  # fmt: skip
 

@@ -72,8 +72,10 @@ BY_ROWS = {
 }
 
 
-@meshes
-@pytest.mark.parametrize("name", BY_ROWS)
+ROWS_ON_EXPLICIT = ("token", "group-both-axes", "padded", "column-3d", "shuffled", "static")
+
+
+@pytest.mark.parametrize("name, kind", [*((n, "Auto") for n in BY_ROWS), *((n, "Explicit") for n in ROWS_ON_EXPLICIT)])
 def test_rows_sharded(name, kind):
     """No collective; each shard holds the codes and the scales of its rows; the bits of one device."""
     case, x, scale = BY_ROWS[name]

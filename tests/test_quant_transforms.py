@@ -166,12 +166,10 @@ def test_pmap(case):
 
 @each
 def test_export_round_trip(case):
-    """Through bytes and back; Quantized is told how to be serialised by the caller's leaves."""
+    """Through bytes and back, and the result is a Quantized with its spec again."""
     arrays = case.arrays()
-    f = jax.jit(lambda a: jax.tree.leaves(case.call(a)))
-    exported = jax.export.deserialize(jax.export.export(f)(arrays).serialize())
-    got, plain = exported.call(arrays), jax.eval_shape(case.call, arrays)
-    case.check(arrays, jax.tree.unflatten(jax.tree.structure(plain), got), "exported")
+    exported = jax.export.deserialize(jax.export.export(jax.jit(case.call))(arrays).serialize())
+    case.check(arrays, exported.call(arrays), "exported")
 
 
 @pytest.mark.parametrize("case", [CASES[3]], ids=lambda c: c.id)
@@ -205,8 +203,9 @@ def test_named_scope(case):
 STRICT = (
     replace(CASES[0], spec=QuantSpec("float8_e5m2", scale_ub=1.0)),
     CASES[2],
-    replace(CASES[3], spec=QuantSpec("fp8", e8m0_rounding="even", **MX), options={"cast": "before_weight"}),
-    CASES[4],
+    replace(
+        CASES[3], spec=QuantSpec("fp8", e8m0_rounding="even", **MX), options={"cast": "before_weight"}, static=None
+    ),
 )
 
 
@@ -275,9 +274,7 @@ def test_forward_mode_is_refused():
         jax.jvp(lambda x: jaxnorm.quantize(x, QuantSpec("float8_e4m3fn")).scale, (X,), (X,))
 
 
-@pytest.mark.parametrize(
-    "spec", [QuantSpec("int8"), QuantSpec("float8_e4m3fn"), QuantSpec("fp4", **MX)], ids=lambda s: s.dtype
-)
+@pytest.mark.parametrize("spec", [QuantSpec("int8"), QuantSpec("float8_e4m3fn")], ids=lambda s: s.dtype)
 def test_stop_gradient_of_the_result_is_enough(spec):
     """The rest of the function is differentiated as if the quantised branch were a constant; residual_out included."""
 
