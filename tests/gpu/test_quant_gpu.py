@@ -109,6 +109,17 @@ def test_exponents_by_their_definition(rounding, backend):
         oq.assert_scales(q.scale, oq.quantize(x, spec, name), spec, name, exact=True)
 
 
+@backends
+def test_rows_too_small_to_divide_by(backend):
+    """Scale 1 below maximum * 2**-126, also where the quotient is a subnormal that the device does not flush."""
+    for spec in (QuantSpec("int8"), QuantSpec(FN, group_size=32), QuantSpec(FN, **MX)):
+        top = np.float32(oq.MAXIMUM[spec.dtype])
+        x = np.zeros((5, 64), np.float32)
+        x[1:] = (np.array([1e-40, -top * 2.0**-127, top * 2.0**-126, top * 2.0**-125], np.float32))[:, None]
+        q = Case("quantize", spec).run({"x": x}, backend)["q"]
+        oq.assert_scales(q.scale, oq.quantize(x, spec, spec.dtype), spec, backend, exact=True)
+
+
 SPECIAL = (
     QuantSpec("int8"), QuantSpec(FN), QuantSpec(E5UZ, scale_ub=2.0), QuantSpec(FNUZ, group_size=64, scale_layout="column"),
     QuantSpec(FN, scale_layout="shuffled", **MX), QuantSpec("fp4", **MX),
