@@ -181,7 +181,7 @@ def backends() -> dict[str, BackendInfo]:
     import jax
 
     _native.status()
-    platform = jax.default_backend()
+    platform = _target.default_platform()
     info = {"xla": BackendInfo(True, f"runs on {platform}")}
     for backend in ("triton", "hip"):
         info[backend] = _info(backend, platform)
@@ -189,7 +189,6 @@ def backends() -> dict[str, BackendInfo]:
 
 
 def _info(backend: str, platform: str) -> BackendInfo:
-    platform = {"gpu": "cuda"}.get(platform, platform)
     if platform not in _target.DEFAULT:
         device = f"jax's default device is {platform}"
         return BackendInfo(

@@ -58,7 +58,7 @@ def explain(fn: Callable[..., Any], *args: Any) -> Choices:
 
 def _platform() -> str:
     named = dict(target.named())
-    default = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    default = target.default_platform()
     if default in target.DEFAULT or not named:
         return default if default in target.DEFAULT else "cpu"
     return next(iter(named))

@@ -49,6 +49,14 @@ def of_device(device: Any) -> str | None:
     return text if text.startswith("gfx") else "sm_" + text.replace(".", "")
 
 
+def default_platform() -> str:
+    """Platform of the default device; ``cuda`` or ``rocm`` where ``jax.default_backend()`` says ``gpu``, as it does for both."""
+    platform = jax.default_backend()
+    if platform != "gpu":
+        return platform
+    return "rocm" if (of_device(jax.devices()[0]) or "").startswith("gfx") else "cuda"
+
+
 @functools.cache
 def _present(platform: str) -> tuple[str, ...]:
     try:
@@ -77,7 +85,7 @@ def in_force(targets: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     """The targets that what is traced now is for: those named by ``use_target``, else the default device's; () for a CPU."""
     if targets:
         return tuple(t for _, t in targets)
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    platform = default_platform()
     return (resolve(platform, ()),) if platform in DEFAULT and is_present(platform) else ("cpu",)
 
 
