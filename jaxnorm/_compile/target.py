@@ -13,7 +13,7 @@ from .. import _compat
 from ..errors import UnsupportedError, value_error
 
 DEFAULT = {"cuda": "sm_90", "rocm": "gfx942"}
-_PATTERN = {"cuda": r"sm_\d{2,3}[a-z]?", "rocm": r"gfx[0-9a-f]{3,4}"}
+_PATTERN = {"cuda": r"sm_\d{2,3}", "rocm": r"gfx[0-9a-f]{3,4}"}
 _named = _compat.user_context(())
 
 
