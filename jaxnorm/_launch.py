@@ -132,9 +132,11 @@ def bridge() -> str | None:
 
 def road(backend: str, platform: str) -> tuple[str | None, str]:
     """(road for the launches of a backend, why): the bridge that was asked for, else the first that is there; None = no road."""
+    from . import _dispatch
+
     status = _native.status()
     asked = bridge() if backend == "triton" else None
-    if asked == "launcher" or (asked is None and status.ok):
+    if asked == "launcher" or (asked is None and (status.ok or "launcher" in _dispatch.required())):
         return ("launcher", "") if status.ok else (None, f"{status.reason} {status.remedy}")
     if backend == "hip":
         return None, f"{status.reason} {status.remedy}"
