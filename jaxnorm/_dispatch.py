@@ -178,9 +178,10 @@ class BackendInfo:
 def backends() -> dict[str, BackendInfo]:
     """``{"xla": ..., "triton": ..., "hip": ...}``: what can run on the default device of this process.
 
-    Also registers our custom calls with XLA, which a process needs that runs a deserialised export and calls no op itself.
+    Also registers our custom calls with XLA and ``Quantized`` with jax.export, which a process needs that runs a deserialised
+    export and calls no op itself.
     """
-    import jax
+    from . import _types  # noqa: F401  registers Quantized
 
     _native.status()
     platform = _target.default_platform()
