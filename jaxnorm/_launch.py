@@ -100,7 +100,7 @@ def _lower_gpu(platform: str, ctx: Any, *args: Any, call: StageCall) -> Any:
     return _lower(ctx, args, launches)
 
 
-mlir.register_lowering(stage_p, _lower_cpu, platform="cpu")
+mlir.register_lowering(stage_p, _lower_cpu)  # the CPU, and every platform that we have no kernels for
 mlir.register_lowering(stage_p, functools.partial(_lower_gpu, "cuda"), platform="cuda")
 mlir.register_lowering(stage_p, functools.partial(_lower_gpu, "rocm"), platform="rocm")
 
