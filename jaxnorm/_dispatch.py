@@ -147,12 +147,12 @@ def _serve(call: StageCall, p: Problem, platform: str, backend: str) -> tuple[tu
         if module is None:
             raise Unsupported(f"{call.op} has no {backend} kernel.")
         if not isinstance(p.rows, int):
-            raise Unsupported(f"the number of rows is symbolic ({p.rows}), and a kernel is launched for a known number.")
+            raise Unsupported(
+                f"the number of rows is symbolic ({p.rows}), and a kernel is launched for a known number."
+            )
         return importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan(p), road
     except Unsupported as e:
-        raise _NoKernelError(
-            call.op, p.target, str(e), "Leave backend=None to fall back to another backend."
-        ) from None
+        raise _NoKernelError(call.op, p.target, str(e), "Leave backend=None to fall back to another backend.") from None
 
 
 def compiler(backend: str, target: str) -> tuple[bool, str, str]:
