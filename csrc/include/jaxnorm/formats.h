@@ -73,7 +73,35 @@ template <class F> JN_DEV u32 float8_bits(float f) {
   if ((f32_bits(f) & 0x7fffffffu) > 0x7f800000u) return F::nan;
   return F::FNUZ && r == 0 ? 0 : sign | r;
 }
-JN_DEV u32 fp4_bits(float f) { return ((f32_bits(f) >> 28) & 8u) | min_of(int(small_float<1, 1>(f)), 7); }
+JN_DEV float magnitude(float f) {
+#if defined(JN_NVIDIA)
+  return fabsf(f);
+#else
+  return __builtin_fabsf(f);
+#endif
+}
+// An fp4 code in the four highest bits, anything below. With 2^e the power of two of max(|f|, 1), codes are half of 2^e
+// apart near f, and adding 2^(e + 22) rounds to a multiple of that: k = 0 .. 4, in the last bits of the sum t. The code
+// is k + 2 e, and t has e + 149 in its exponent: t * 2^28 + t * 2^6 adds k and 2 e + 298 in the highest bits. Three
+// more times 2^e, an even 6 in the last bits, so that ties stay what they are, make the constant a multiple of 16.
+JN_DEV u32 fp4_high(float f) {
+  const float a = magnitude(f);
+#if defined(JN_NVIDIA)
+  const float least = fmaxf(a, 1.f);
+#else
+  const float least = a > 1.f ? a : 1.f;
+#endif
+  const u32 t = f32_bits(fused_multiply_add(bits_f32(f32_bits(least) & 0x7f800000u), 0x1p22f + 3.f, a));
+  return t * 0x10000040u | (f32_bits(f) & 0x80000000u);
+}
+// The bits of w four higher, with the four highest of v below them.
+JN_DEV u32 take_four(u32 w, u32 v) {
+#if defined(JN_NVIDIA)
+  return __funnelshift_l(v, w, 4);
+#else
+  return w << 4 | v >> 28;
+#endif
+}
 
 // The lowest bytes of four words.
 JN_DEV u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
@@ -131,7 +159,7 @@ JN_DEV u32 two_fp4(float a, float b) {
 #if defined(__gfx950__)
   return __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(0u, a, b, 1.f, 0) & 0xffu;
 #else
-  return fp4_bits(a) | fp4_bits(b) << 4;
+  return fp4_high(a) >> 28 | (fp4_high(b) >> 28) << 4;
 #endif
 }
 JN_DEV u32 eight_fp4(const float (&f)[8]) {
@@ -141,7 +169,10 @@ JN_DEV u32 eight_fp4(const float (&f)[8]) {
   w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[4], f[5], 1.f, 2);
   return __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[6], f[7], 1.f, 3);
 #else
-  return two_fp4(f[0], f[1]) | two_fp4(f[2], f[3]) << 8 | two_fp4(f[4], f[5]) << 16 | two_fp4(f[6], f[7]) << 24;
+  u32 w = 0;  // one funnel shift for each code
+#pragma unroll
+  for (int i = 7; i >= 0; --i) w = take_four(w, fp4_high(f[i]));
+  return w;
 #endif
 }
 

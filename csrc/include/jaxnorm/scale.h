@@ -34,13 +34,6 @@ JN_DEV float max_or_nan(float a, float b) {
   return bits_f32(x > y ? x : y);
 #endif
 }
-JN_DEV float magnitude(float f) {
-#if defined(JN_NVIDIA)
-  return fabsf(f);
-#else
-  return __builtin_fabsf(f);
-#endif
-}
 template <int V> JN_DEV float chunk_max(const float (&f)[V]) {
   float a = magnitude(f[0]);
 #pragma unroll
