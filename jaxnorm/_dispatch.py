@@ -80,8 +80,10 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
         raise UnsupportedError(
             call.op,
             "cpu",
-            f"backend={named!r} is not usable: it needs a GPU and this call is for the CPU.",
-            "Leave backend=None (the xla backend runs here).",
+            f"backend={named!r} is not usable: it needs a GPU and this call is for the {platform.upper()}.",
+            "Leave backend=None (the xla backend runs here)."
+            if by == "backend="
+            else f"It was named by {by}: take that back (the xla backend runs here).",
         )
     if named == "xla":
         return Chosen("xla", f"named by {by}")

@@ -63,6 +63,10 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
                 for a, b, rows in zip(operands, batched, has_rows, strict=True)
             ]
             return tuple(_batch_first(call, r[0], o) for r, o in zip(call.results, stage(*spread), strict=True)), whole
+        if call.backend in (None, "xla") and jax.device_count() > 1 and not _compat.manual_axes():
+            # A loop over a sharded batch would gather it; the reference is batched and partitioned by JAX itself.
+            axes = tuple(0 if b else None for b in batched)
+            return jax.vmap(lambda *a: call.compute(a), axes)(*operands), whole
         loop = [a for a, b in zip(operands, batched, strict=True) if b]
 
         def example(mine: list[jax.Array]) -> tuple[jax.Array, ...]:

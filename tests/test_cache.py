@@ -63,7 +63,7 @@ def test_key_parts_are_not_run_together(folder: Path) -> None:
     assert build.calls == 3
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "not json", "not elf"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "not json", "not elf", "threads"])
 def test_damaged_entry_is_compiled_again(folder: Path, damage: str) -> None:
     build = Builder()
     cache.get_or_compile(["a"], build)
@@ -75,6 +75,7 @@ def test_damaged_entry_is_compiled_again(folder: Path, damage: str) -> None:
             "cut": data[:-7],
             "flipped": data[:-1] + bytes([data[-1] ^ 1]),
             "not json": b"{" + data,
+            "threads": data.replace(b'"threads": 256', b'"threads": 255'),
             "not elf": data.replace(b"\x7fELF", b"\x7fELG"),
         }[damage]
     )

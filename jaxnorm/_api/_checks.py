@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from typing import Any
 
@@ -14,6 +13,7 @@ from jax import core
 from ..errors import type_error, value_error
 
 FLOATS = ("bfloat16", "float16", "float32")
+LARGEST = float(np.finfo(np.float32).max)
 CASTS = ("output", "before_weight")
 ROUNDINGS = ("float32", "input")
 
@@ -67,8 +67,8 @@ def number(op: str, argument: str, value: Any) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise type_error(op, argument, type(value).__name__, "a number")
-    if not math.isfinite(float(value)):
-        raise value_error(op, argument, value, "a finite number")
+    if not abs(float(value)) <= LARGEST:  # NaN, too
+        raise value_error(op, argument, value, "a finite number within float32")
     return float(value)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .code_object import CodeObject
 
-FORMAT = "jaxnorm-code/1"
+FORMAT = "jaxnorm-code/2"
 _lock = threading.Lock()
 _memory: dict[str, CodeObject] = {}
 _building: dict[str, threading.Lock] = {}
@@ -124,10 +124,7 @@ def _read(key: str) -> CodeObject | None:
         line, rest = data.split(b"\n", 1)
         head = json.loads(line)
         image, asm = rest[: head["image_bytes"]], rest[head["image_bytes"] :]
-        whole = (
-            head["format"] == FORMAT and hashlib.sha256(rest).hexdigest() == head["sha256"] and image[:4] == b"\x7fELF"
-        )
-        if not whole:
+        if head.pop("sha256") != _checksum(head, rest) or head["format"] != FORMAT or image[:4] != b"\x7fELF":
             raise ValueError("checksum or format differs")
         return CodeObject(image, head["name"], head["target"], head["threads"], head["shared"], key, asm.decode())
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -135,18 +132,23 @@ def _read(key: str) -> CodeObject | None:
         return None
 
 
+def _checksum(head: dict[str, object], rest: bytes) -> str:
+    """Over the header, too: a wrong number of threads is as bad as a wrong instruction."""
+    return digest([json.dumps(head, sort_keys=True), rest])
+
+
 def _write(key: str, code: CodeObject) -> None:
     path = _path(key)
     rest = code.image + code.asm.encode()
-    head = {
+    head: dict[str, object] = {
         "format": FORMAT,
         "name": code.name,
         "target": code.target,
         "threads": code.threads,
         "shared": code.shared,
         "image_bytes": len(code.image),
-        "sha256": hashlib.sha256(rest).hexdigest(),
     }
+    head["sha256"] = _checksum(head, rest)
     try:
         directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)

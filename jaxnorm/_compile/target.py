@@ -82,7 +82,7 @@ def resolve(platform: str, targets: tuple[tuple[str, str], ...]) -> str:
 
 
 def in_force(targets: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """The targets that what is traced now is for: those named by ``use_target``, else the default device's; () for a CPU."""
+    """The targets that what is traced now is for: those named by ``use_target``, else the default device's; ``cpu`` for a CPU."""
     if targets:
         return tuple(t for _, t in targets)
     platform = default_platform()
