@@ -36,6 +36,17 @@ ONCE = [
     plain(65536, mx("fp4"), rows=64, x=F32),
     plain(128, q("int8"), rows=1 << 20),
 ]
+# On sm_90, blocks that walk over the rows: registers are as few as the plan dares.
+WALKS = [
+    Case(4096, q("int8"), rows=8192, smooth=BF16, keep=BF16),
+    Case(4096, mx("fp4", "shuffled"), rows=8192),
+    Case(2880, mx("fp4", "shuffled"), rows=8192, pad=256),
+    Case(5120, mx(E4Z, "column"), rows=8192),
+    Case(1024, q(E5, 32), rows=131072, smooth=BF16),
+    Case(16384, q(E4), rows=8192),
+    Case(8192, q("int8"), rows=8192, static=0.1),
+    plain(4096, q(E4, 128), rows=8192),
+]
 CONVERSIONS = {E4: "v_cvt_pk_fp8_f32", E4Z: "v_cvt_pk_fp8_f32", E5: "v_cvt_pk_bf8_f32", E5Z: "v_cvt_pk_bf8_f32"}
 HARDWARE = {"gfx942": (E4Z, E5Z), "gfx950": (E4, E5)}
 
@@ -66,6 +77,12 @@ def test_storage(case: Case, target: str) -> None:
 
 @pytest.mark.parametrize("case", [replace(c, target=TARGETS[i % len(TARGETS)]) for i, c in enumerate(ONCE)], ids=str)
 def test_dtypes_and_options(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def test_rows_ahead(case: Case) -> None:
+    assert dict(quant_hip.plan(case.problem())[0].constants)["JN_DEPTH"] == 2
     check(case)
 
 

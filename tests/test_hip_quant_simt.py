@@ -105,8 +105,23 @@ SHORT_SHAPES = [
 ]
 
 
+# Blocks that walk over the rows with rows ahead in shared memory: 11 or 70 rows on a few blocks.
+WALKS = [
+    (Case(4096, q(E4), rows=11), {"lanes": 128, "regs": 4, "depth": 2, "blocks": 3}),
+    (Case(4096, q("int8", 128), rows=11), {"lanes": 128, "regs": 4, "depth": 3, "blocks": 2}),
+    (Case(4096, q(E4, 1024), rows=11, residual=BF16), {"lanes": 128, "regs": 4, "depth": 2, "blocks": 2}),
+    (Case(4096, q("int8"), rows=11, static=0.02), {"lanes": 256, "regs": 2, "depth": 1, "blocks": 2, "early": True}),
+    (Case(2880, mx("fp4", "shuffled"), rows=70, pad=256), {"lanes": 128, "regs": 3, "depth": 2, "blocks": 4}),
+    (Case(1024, mx(E4, "shuffled"), rows=70), {"lanes": 64, "regs": 2, "depth": 2, "blocks": 4}),
+    (Case(512, q(E4), rows=70), {"lanes": 32, "groups": 4, "regs": 2, "depth": 2, "blocks": 3}),
+    (plain(1024, mx("fp4", "column"), rows=70), {"lanes": 32, "groups": 4, "regs": 4, "depth": 2, "blocks": 3}),
+    (plain(1024, q("int8"), rows=3), {"lanes": 32, "groups": 4, "regs": 4, "depth": 2, "blocks": 2}),
+]
+
+
 def forced(case: Case, **changes) -> tuple[Launch, ...]:
-    return (quant_hip._launch(case.problem(), rmsnorm_hip.Forward(**changes)),)
+    kind = quant_hip.Ahead if "depth" in changes else rmsnorm_hip.Forward
+    return (quant_hip._launch(case.problem(), kind(**changes)),)
 
 
 def tier_cases() -> list[tuple[Case, dict]]:
@@ -132,7 +147,8 @@ def kernels() -> simt_build.Kernels:
     needs.need("gxx", not (why := simt_build.missing()), why)
     listed = on_targets(PLAIN + NORM + ISOLATED) + EDGES
     plans = [(c.target, quant_hip.plan(c.problem())) for c in listed]
-    plans += [(c.target, forced(c, **s)) for c, s in tier_cases()]
+    plans += [(c.target, forced(c, **s)) for c, s in tier_cases() + WALKS]
+    plans += [(c.target, quant_hip.plan(c.problem())) for c, _ in WALKS]
     return simt_build.Kernels(plans)
 
 
@@ -291,6 +307,15 @@ def test_every_plan_has_the_same_bits(kernels, case: Case, target: str) -> None:
             tolerances.assert_same_bits(other[name], value, f"{name} of {shape}")
 
 
+@pytest.mark.parametrize(("case", "shape"), WALKS, ids=str)
+def test_walking_blocks_have_the_same_bits(kernels, case: Case, shape: dict) -> None:
+    operands = case.operands()
+    plain_result = run(kernels, case, operands)
+    for order in ("forward", "shuffled"):
+        for name, value in run(kernels, case, operands, forced(case, **shape), order).items():
+            tolerances.assert_same_bits(value, plain_result[name], name)
+
+
 def test_sums_are_those_of_rmsnorm() -> None:
     """The constants that the order of a sum depends on (reduce.h) are those of rmsnorm_fwd, for every M."""
     for features, pad in ((128, 1), (5120, 1), (2880, 256), (769, 1), (65536, 1)):
@@ -303,7 +328,7 @@ def test_sums_are_those_of_rmsnorm() -> None:
                     constants = dict(launch.constants)
                     chunks.add(constants["JN_V"])
                     covered = launch.grid[0] * launch.grid[1] * constants["JN_GROUPS"] * constants["JN_UNROLL"]
-                    assert covered >= rows
+                    assert covered >= rows or constants["JN_DEPTH"]
                     assert launch.threads <= 1024
                 shapes = (("x", (8, features)), ("weight", (features,)), ("y", (8, case.padded)))
                 same = Problem("rmsnorm_fwd", 8, features, shapes, (("x", x), ("weight", weight), ("y", x)), (), target)

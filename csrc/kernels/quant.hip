@@ -12,6 +12,11 @@
 #define JN_SPEC                                                                                              \
   jaxnorm::QuantSpec<jaxnorm::JN_CODE, JN_GROUP, jaxnorm::Exponent::JN_EXPONENT, jaxnorm::Layout::JN_LAYOUT, \
                      JN_STATIC, JN_BOUNDED>
+#if JN_DEPTH > 0
+#define JN_QUANTISE jaxnorm::quantise_rows_ahead<JN_SHAPE, JN_SPEC, JN_DEPTH, JN_BLOCKS>
+#else
+#define JN_QUANTISE jaxnorm::quantise_rows<JN_SHAPE, JN_SPEC>
+#endif
 #endif
 
 #if defined(JN_ENTRY_rmsnorm_quant_fwd)
@@ -29,8 +34,8 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
-  quantise_rows<Shape, Spec>(source, RmsNorm<JN_N>{JN_EPS}, Weights{weight, smooth, y, JN_OFFSET},
-                             QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
+  JN_QUANTISE(source, RmsNorm<JN_N>{JN_EPS}, Weights{weight, smooth, y, JN_OFFSET},
+              QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
 }
 #endif
 
@@ -43,9 +48,10 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using Shape = JN_SHAPE;
   using Spec = JN_SPEC;
   using Weights = Weighted<Shape, JN_X, None, JN_SMOOTH, None, JN_P, false, false, JN_EARLY>;
-  quantise_rows<Shape, Spec>(PlainSource<JN_X, JN_V>{x, JN_N}, NoNorm<Shape>{}, Weights{nullptr, smooth, nullptr, 0.f},
-                             QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
+  JN_QUANTISE(PlainSource<JN_X, JN_V>{x, JN_N}, NoNorm<Shape>{}, Weights{nullptr, smooth, nullptr, 0.f},
+              QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
 }
 #endif
+#undef JN_QUANTISE
 #undef JN_SHAPE
 #undef JN_SPEC

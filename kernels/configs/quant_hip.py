@@ -8,7 +8,7 @@ follow from registers and threads, like those of ``rmsnorm_hip``; for AMD target
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
 from ._hip import (
@@ -19,6 +19,7 @@ from ._hip import (
     _ceil,
     _grid,
     _itemsize,
+    _nvidia,
     _registers,
     _round_up,
     _row_registers,
@@ -41,6 +42,14 @@ EXPONENTS = {"up": "kUp", "down": "kDown", "even": "kEven"}
 LAYOUTS = {"row": "kRow", "column": "kColumn", "shuffled": "kShuffled"}
 SMALLEST_GROUP = 16
 FLOATS = ("x", "residual", "weight", "smooth_scale", "y", "residual_out")
+
+
+@dataclass(frozen=True)
+class Ahead(Forward):
+    """``blocks`` blocks walk over the rows, the next ``depth`` rows of each on their way to shared memory meanwhile."""
+
+    depth: int = 2
+    blocks: int = 1
 
 
 def plan(problem: Problem) -> tuple[Launch, ...]:
@@ -116,6 +125,11 @@ def _words(problem: Problem) -> int:
 
 
 def _forward(problem: Problem) -> Forward:
+    return _ahead(problem) or _one_turn(problem)
+
+
+def _one_turn(problem: Problem) -> Forward:
+    """A block for each row or for a few."""
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _words(problem)
     if chunks <= wave:
@@ -133,6 +147,43 @@ def _forward(problem: Problem) -> Forward:
     while lanes < min(MAX_THREADS, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
         lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
     return _one_wave(problem) if lanes <= wave else _with_storage(problem, Forward(lanes))
+
+
+def _ahead(problem: Problem, each: int = 4) -> Ahead | None:
+    """Rows in plenty without a residual: ``each`` chunks a thread and copies ahead into shared memory.
+
+    What a thread does for its row but not for an element, some hundred instructions, counts against 8 * ``each`` elements, and no
+    registers wait for memory: two rows ahead of every row that is worked on.
+    """
+    wave, chunks = wave_size(problem.target), problem.features // vector(problem)
+    if (
+        not _nvidia(problem)
+        or problem.has("residual")
+        or _itemsize(problem, "x") != 2
+        or vector(problem) != 8
+        or chunks <= wave
+    ):
+        return None
+    lanes = _round_up(_ceil(chunks, each), wave)
+    if lanes > 512:
+        return None
+    groups = max(1, 128 // lanes) if lanes == wave else 1
+    per, threads = _ceil(chunks, lanes), lanes * groups
+    free = shared_memory(problem.target)
+    fixed = 1024 + _fixed_bytes(problem, lanes) + _sum_bytes(chunks, lanes, wave)
+    # Seen in the sm_90 code to do without spills.
+    spec = problem.option("spec")
+    need = 8 * per + 32 + 8 * problem.has("smooth_scale") + 8 * problem.has("y")
+    need += 8 * (spec.scale_layout == "shuffled") + 16 * spec.dtype.endswith("fnuz")
+    fitting = [
+        b for b in range(1, 1536 // threads + 1)
+        if _registers(threads, b) >= need and b * (fixed + 2 * per * threads * 16) <= free
+    ]  # fmt: skip
+    blocks = max(fitting, default=0)
+    if not blocks or problem.rows < 4 * groups * blocks * compute_units(problem.target):
+        return None
+    grid = blocks * compute_units(problem.target)
+    return Ahead(lanes, groups, regs=per, min_blocks=blocks, early=False, depth=2, blocks=grid)
 
 
 def _fewest_lanes(problem: Problem) -> int:
@@ -194,6 +245,13 @@ def _fixed_bytes(problem: Problem, lanes: int) -> int:
 def _candidates(problem: Problem) -> Iterator[Forward]:
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _words(problem)
+    yield _one_turn(problem)
+    for each in (2, 3, 4, 6):
+        if ahead := _ahead(problem, each):
+            yield ahead
+            yield replace(ahead, depth=1)
+            if each == 2:
+                yield replace(ahead, early=True)
     if chunks <= wave:
         lanes = next_power_of_2(chunks)
         while lanes >= 4:
@@ -254,6 +312,9 @@ def _norm_constants(problem: Problem) -> Constants:
 
 def _launch(problem: Problem, c: Forward) -> Launch:
     norm = problem.stage == "rmsnorm_quant_fwd"
+    depth, blocks = (c.depth, c.blocks) if isinstance(c, Ahead) else (0, 0)
+    sums = _sum_bytes(problem.features // vector(problem), c.lanes, wave_size(problem.target)) if depth else 0
+    waiting = (c.shared * c.lanes + depth * c.regs * c.lanes * c.groups) * _chunk_bytes(problem)
     constants: Constants = (
         ("JN_N", problem.features),
         ("JN_P", padded(problem)),
@@ -265,6 +326,8 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         ("JN_SHARED", c.shared),
         ("JN_MIN_BLOCKS", c.min_blocks),
         ("JN_EARLY", c.early),
+        ("JN_DEPTH", depth),
+        ("JN_BLOCKS", blocks),
         ("JN_X", _type(problem, "x")),
         ("JN_SMOOTH", _type(problem, "smooth_scale")),
     )
@@ -274,9 +337,9 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         kernel=f"{SOURCE}:{problem.stage}",
         inputs=operands if norm else ("x", "smooth_scale", "static_scale"),
         outputs=("values", "scale", "residual_out", "y") if norm else ("values", "scale"),
-        grid=_grid(_ceil(problem.rows, c.groups * c.unroll)),
+        grid=(blocks, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll)),
         constants=constants + _spec_constants(problem) + (_norm_constants(problem) if norm else ()),
         scalars=(("rows", "i64", problem.rows), ("scale_rows", "i64", problem.shape("scale")[0] if tiles else 0)),
         threads=c.lanes * c.groups,
-        shared=_fixed_bytes(problem, c.lanes) + c.shared * _chunk_bytes(problem) * c.lanes,
+        shared=_fixed_bytes(problem, c.lanes) + sums + waiting,
     )

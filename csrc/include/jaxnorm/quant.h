@@ -64,11 +64,12 @@ template <class S, class Q, int P_> struct QuantStore {
   }
 
   // Shuffled scales: rows from `rows` up hold 0x7f. All threads of the launch share the work, 16 bytes at a time:
-  // column j or j + 4 of four rows and of those 16 below.
-  JN_DEV void pad_rows() const {
+  // column j or j + 4 of four rows and of those 16 below. MOST: blocks that walk over the rows, 0 = one for each turn.
+  template <int MOST = 0> JN_DEV void pad_rows() const {
     if constexpr (Q::LAYOUT == Layout::kShuffled && !Q::STATIC) {
       constexpr u32 units = WIDTH * 2;  // of a block of 32 rows
-      const u64 blocks = (rows + S::GROUPS * S::UNROLL - 1) / (S::GROUPS * S::UNROLL);
+      const u64 turns = (rows + S::GROUPS * S::UNROLL - 1) / (S::GROUPS * S::UNROLL);
+      const u64 blocks = MOST > 0 && turns > u64(MOST) ? u64(MOST) : turns;
       const u64 first = rows / 32 * units, end = scale_rows / 32 * units;
       if (linear_block() >= blocks) return;
       for (u64 i = first + linear_block() * S::THREADS + thread_id(); i < end; i += blocks * S::THREADS) {
@@ -369,6 +370,57 @@ JN_DEV void quantise_rows(const Source& source, const Norm& norm, Weights weight
       store.pad_rows();
       finish(a), finish(b);
     }
+  }
+}
+
+// BLOCKS blocks walk over the rows; the next DEPTH rows of each are on their way to shared memory meanwhile. A slot
+// there is filled again once the sum of its row, which takes all of it, is done. Two buffers for sums, one for maxima:
+// only the maxima have the barrier of the next sum between their reading and the next writing.
+template <class S, class Q, int DEPTH, int BLOCKS, class Source, class Norm, class Weights, class Store>
+JN_DEV void quantise_rows_ahead(const Source& source, const Norm& norm, Weights weights, const Store& store,
+                                const float* static_scale, float bound) {
+  static_assert(S::REGS == S::PER && S::UNROLL == 1, "whole rows in registers");
+  using Work = QuantRow<S, Q, Source, Norm, Weights, Store>;
+  using OneRow = typename Work::OneRow;
+  using Stashed = typename Work::Stashed;
+  constexpr int slot_bytes = S::REGS * Stashed::footprint, sum_bytes = S::Sum::bytes;
+  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
+            group = S::GROUPS > 1 ? thread / S::LANES : 0;
+  float* maxima = (float*)(shared_memory() + 2 * sum_bytes);
+  unsigned char* stash = shared_memory() + 2 * sum_bytes + Work::bytes;
+  const u64 rows = store.rows, stride = u64(BLOCKS) * S::GROUPS;
+
+  auto fetch = [&](u64 row, u32 slot) {
+#pragma unroll
+    for (int k = 0; k < S::REGS; ++k)
+      if (row < rows && S::has(k, lane))
+        Stashed::fetch(source, stash + slot * slot_bytes + k * Stashed::footprint, thread, row * S::N + lane * S::V,
+                       k * S::STEP);
+    async_commit();
+  };
+  const u64 begin = u64(block_x()) * S::GROUPS;
+#pragma unroll
+  for (int ahead = 0; ahead < DEPTH; ++ahead) fetch(begin + ahead * stride + group, ahead);
+  weights.issue(lane);
+  store.template pad_rows<BLOCKS>();
+  u32 slot = 0, buffer = 0;
+#pragma unroll 1
+  for (u64 first = begin; first < rows; first += stride) {  // the same for all threads of the block
+    const u64 row = first + group;
+    OneRow one{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
+    async_wait<DEPTH - 1>();
+#pragma unroll
+    for (int k = 0; k < S::REGS; ++k) {
+      if (one.has(k))
+        one.raw[k] = Stashed::read(stash + slot * slot_bytes + k * Stashed::footprint, thread);
+      else
+        one.raw[k] = typename OneRow::Raw{};
+    }
+    const auto state = norm.statistics(one, (float*)(shared_memory() + buffer));
+    fetch(row + DEPTH * stride, slot);
+    Work{one, norm, weights, store, maxima, state}.run(static_scale, bound);
+    slot = slot == DEPTH - 1 ? 0 : slot + 1;
+    buffer = sum_bytes - buffer;
   }
 }
 
