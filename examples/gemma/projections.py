@@ -32,6 +32,9 @@ def quantize(params: Params, spec: QuantSpec, dtype: jnp.dtype) -> Params:
     """
     layers = params.layers
     codes = {name: jaxnorm.quantize(getattr(layers, name), spec) for name in QUANTIZED}
+    if spec.dtype != "int8" and jax.default_backend() == "cpu":
+        # XLA widens fp8 for each product, which takes a CPU longer than the product: the codes wait as float32, exactly.
+        codes = {name: code.replace(values=code.values.astype(jnp.float32)) for name, code in codes.items()}
     others = {name: getattr(layers, name).astype(dtype) for name in ("out", "down")}
     return params._replace(embedding=params.embedding.astype(dtype), layers=layers._replace(**codes, **others))
 
@@ -73,6 +76,7 @@ def linear(x: Input, weight: Input, dtype: jnp.dtype) -> jax.Array:
         # 127 * 127 * in stays within int32 up to in = 133 000.
         total = jnp.int32 if weight.spec.dtype == "int8" else jnp.float32
         contract = (((x.values.ndim - 1,), (1,)), ((), ()))
-        product = jax.lax.dot_general(x.values, weight.values, contract, preferred_element_type=total)
+        values = x.values.astype(weight.values.dtype)  # The same already, but for fp8 on a CPU: see quantize.
+        product = jax.lax.dot_general(values, weight.values, contract, preferred_element_type=total)
         return (product.astype(jnp.float32) * x.scale * weight.scale[:, 0]).astype(dtype)
     return jnp.einsum("...i,oi->...o", x, weight, precision=jax.lax.Precision.HIGHEST)
