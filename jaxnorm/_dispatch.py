@@ -83,7 +83,7 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
             f"backend={named!r} is not usable: it needs a GPU and this call is for the {platform.upper()}.",
             "Leave backend=None (the xla backend runs here)."
             if by == "backend="
-            else f"It was named by {by}: take that back (the xla backend runs here).",
+            else f"It was named by {by}: take that back, and backend=None runs on xla here.",
         )
     if named == "xla":
         return Chosen("xla", f"named by {by}")
