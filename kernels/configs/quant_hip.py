@@ -125,7 +125,9 @@ def _words(problem: Problem) -> int:
 
 
 def _forward(problem: Problem) -> Forward:
-    return _ahead(problem) or _one_turn(problem)
+    """The plan. Walking blocks (:func:`_ahead`) need up to a fifth fewer instructions without a residual, but no GPU has run them:
+    they are candidates for a sweep, and no more, until one has."""
+    return _one_turn(problem)
 
 
 def _one_turn(problem: Problem) -> Forward:
@@ -245,7 +247,6 @@ def _fixed_bytes(problem: Problem, lanes: int) -> int:
 def _candidates(problem: Problem) -> Iterator[Forward]:
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _words(problem)
-    yield _one_turn(problem)
     for each in (2, 3, 4, 6):
         if ahead := _ahead(problem, each):
             yield ahead
