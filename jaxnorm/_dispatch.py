@@ -119,8 +119,8 @@ def _order(call: StageCall, p: Problem) -> tuple[tuple[str, ...], str]:
         rest = tuple(b for b in ("hip", "triton") if b != entry.backend)
         order = ("xla",) if entry.backend == "xla" else (entry.backend, *rest, "xla")
         return order, f"measured best at N={entry.features} on {entry.device}"
-    # Without a measurement: HIP first, whose instances are compiled for the exact row length in a fraction of Triton's time; on
-    # every H200 cell of benchmarks/results its kernels were at least level.
+    # Without a measurement: HIP first. Its first call takes a quarter of Triton's time, and at decode sizes on the H200 its kernels
+    # were ahead (benchmarks/results/h200); for rows in plenty Triton's are up to 5 % faster, which is what the table is for.
     return (
         "hip",
         "triton",

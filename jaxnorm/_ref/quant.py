@@ -12,7 +12,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 
 from .._types import QuantSpec, dtype_max
 from ._common import Axes, f32
@@ -174,7 +173,3 @@ def dequantize(values: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Arra
     rows = _rows_first(scale, spec, values, groups)
     s = power(rows) if spec.scale_dtype == "e8m0" else f32(rows)
     return (codes.reshape(*lead, groups, n // groups) * s[..., None]).reshape(codes.shape)
-
-
-def code_dtype(spec: QuantSpec) -> jnp.dtype:
-    return jnp.dtype(ml_dtypes.float4_e2m1fn) if spec.dtype == "fp4" else jnp.dtype(spec.dtype)
