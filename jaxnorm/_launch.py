@@ -45,7 +45,7 @@ def _(*avals: Any, call: StageCall) -> list[Any]:
         raise ValueError(
             f"{call.op}: operands vary over different mesh axes: {[sorted(_compat.varying(a)) for a in avals]}"
         )
-    lead = first.shape[:-1]
+    lead = call.lead(first.shape)
     return [_compat.like(first, call.result_shape(name, lead), np.dtype(dtype)) for name, _, dtype in call.results]
 
 
@@ -174,12 +174,17 @@ def run_plan(
     buffers = dict(operands)
     for launch in plan:
         temps = {name: (shape, dtype) for name, shape, dtype in launch.temps}
-        present = [n for n in launch.outputs if n in temps or p.has(n)]
-        types = [jax.ShapeDtypeStruct(*(temps[n] if n in temps else (p.shape(n), p.dtype(n)))) for n in present]
-        inputs = [buffers[n] for n in launch.inputs if n in buffers]
-        out = _ROADS[by](launch, p, inputs, types, backend, platform, buffers)
-        buffers.update(zip(present, out, strict=True))
+        inputs, outputs = _present(launch, p, buffers)
+        types = [jax.ShapeDtypeStruct(*(temps[n] if n in temps else (p.shape(n), p.dtype(n)))) for n in outputs]
+        out = _ROADS[by](launch, p, [buffers[n] for n in inputs], types, backend, platform, buffers)
+        buffers.update(zip(outputs, out, strict=True))
     return buffers
+
+
+def _present(launch: Launch, p: Problem, buffers: dict[str, jax.Array]) -> tuple[list[str], list[str]]:
+    """The inputs and outputs that are there."""
+    temps = {name for name, _, _ in launch.temps}
+    return [n for n in launch.inputs if n in buffers], [n for n in launch.outputs if n in temps or p.has(n)]
 
 
 def _layout(launch: Launch, p: Problem, buffers: dict[str, jax.Array]) -> tuple[str, list[int]]:
@@ -206,14 +211,18 @@ def compile_launch(launch: Launch, p: Problem, backend: str) -> Any:
 def _by_launcher(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any) -> Any:
     code = compile_launch(launch, p, backend)
     layout, scalars = _layout(launch, p, buffers)
-    return _native.launch(code, inputs, grid=launch.grid, layout=layout, scalars=scalars, out_types=types)
+    aliases = launch.aliased(*_present(launch, p, buffers))
+    return _native.launch(
+        code, inputs, grid=launch.grid, layout=layout, scalars=scalars, out_types=types, aliases=aliases
+    )
 
 
 def _by_jaxlib(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any) -> Any:
     from ._compile import jaxlib_proto
 
     attributes = jaxlib_proto.ffi_arguments(compile_launch(launch, p, backend), launch, p, platform)
-    call = lambda args, outs: jax.ffi.ffi_call(JAXLIB_TARGET, outs)(*args, **attributes)  # noqa: E731
+    ffi = functools.partial(jax.ffi.ffi_call, JAXLIB_TARGET, input_output_aliases=launch.aliased())
+    call = lambda args, outs: ffi(outs)(*args, **attributes)  # noqa: E731
     return _without_absent(launch, p, types, buffers, call)
 
 

@@ -57,7 +57,7 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
         whole = (True,) * len(call.results)
         has_rows = ["..." in call.dims(name) for name in call.names]
         shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))
-        if shared and not call.row_sums and call.row_block == 1:
+        if shared and not call.sums and call.row_block == 1:
             spread = [
                 a if b or not rows else jnp.broadcast_to(a, (size, *a.shape))
                 for a, b, rows in zip(operands, batched, has_rows, strict=True)
@@ -91,7 +91,7 @@ def _sharded(call: StageCall, operands: tuple[jax.Array, ...]) -> tuple[jax.Arra
         return _sharding.by_type(call, local, operands)
     if _compat.manual_axes():  # custom_partitioning cannot split what a partly manual mesh leaves Auto: it is gathered
         return local(*operands)
-    return tuple(_partitioned(call, operands[0].ndim - 1)(*operands))
+    return tuple(_partitioned(call, len(call.lead(operands[0].shape)))(*operands))
 
 
 @functools.cache
@@ -111,7 +111,8 @@ def _partitioned(call: StageCall, leading: int) -> Callable[..., Any]:
 
 def _local(call: StageCall, *operands: jax.Array) -> tuple[jax.Array, ...]:
     """One shard: leading dims folded to rows, one primitive, leading dims restored."""
-    lead = operands[0].shape[:-1]
+    call = call.on_shard(operands)
+    lead = call.lead(operands[0].shape)
     rows = math.prod(lead)
     flat = [
         a.reshape(rows, *a.shape[len(lead) :]) if "..." in call.dims(name) else a

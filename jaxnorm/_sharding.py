@@ -1,15 +1,17 @@
-"""Shardings of a stage, derived from its dims: the Shardy rule, the partition callback, shard_map specs, the psum of row sums.
+"""Shardings of a stage, derived from its dims: the Shardy rule, the partition callback, shard_map specs, the psum of sums.
 
 Rows may be sharded over any axes and cost nothing in the forward direction; a result that is a sum over rows is summed over those
-axes in float32 (the one all-reduce of a backward). Sharded features stay sharded: the reference runs on each shard and sums its
-row statistics over the axis, one float a row. A padded result has a width of its own, so there the features are gathered.
+axes in float32 (the one all-reduce of a backward). Parallel dims (heads, whole groups of channels) are as free as rows. Sharded
+features stay sharded: the reference runs on each shard and sums its row statistics over the axis, one float a row. A padded result
+has a width of its own, so there the features are gathered.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -33,7 +35,8 @@ def rule(call: StageCall, leading: int) -> tuple[str, tuple[str, ...], dict[str,
         return ", ".join(" ".join(names.get(d, d) for d in e.split()) for e in entries)
 
     text = f"{side([d for _, d in call.operands])} -> {side([d for _, d, _ in call.results])}"
-    whole = {d for d, _ in call.sizes if d not in call.feature_dims} | ({"k"} if grouped else set())
+    free = {*call.feature_dims, *(d for d, _ in call.parallel_dims)}
+    whole = {d for d, _ in call.sizes if d not in free} | ({"k"} if grouped else set())
     order = list(dict.fromkeys(re.findall(r"\w+", text)))  # Shardy wants them in the order of their first appearance
     return text, tuple(d for d in order if d in whole), {"k": call.group} if grouped else {}
 
@@ -42,96 +45,133 @@ def _axes(entries: Sequence[Entry]) -> tuple[str, ...]:
     return tuple(a for e in entries if e is not None for a in (e if isinstance(e, tuple) else (e,)))
 
 
-def _layout(call: StageCall, sharding: Any, shape: tuple[int, ...]) -> tuple[tuple[Entry, ...], Entry]:
-    """(entries of the leading dims, entry of the features), read from the first operand, which always has both.
+@dataclass(frozen=True)
+class _Layout:
+    """What of a stage stays sharded, and over which mesh axes."""
 
-    What the stage cannot split becomes None: the compiler then gathers it.
-    """
-    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
-    lead, feature = spec[:-1], spec[-1] if call.feature_dims else None
-    ways = math.prod(sharding.mesh.shape[a] for a in _axes((feature,)))
-    if shape[-1] % (ways * call.group):
-        feature = None
-    last = math.prod(sharding.mesh.shape[a] for a in _axes(lead[-1:]))
-    if call.row_block == 0 or (call.row_block > 1 and shape[-2] % (last * call.row_block)):
-        lead = (None,) * len(lead)
-    return lead, feature
+    lead: tuple[Entry, ...]
+    named: dict[str, Entry]
 
-
-def _specs(call: StageCall, lead: tuple[Entry, ...], feature: Entry) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
-    def spec(dims: str) -> PartitionSpec:
-        entries: tuple[Entry, ...] = ()
+    def entries(self, dims: str) -> tuple[Entry, ...]:
+        out: tuple[Entry, ...] = ()
         for d in dims.split():
-            entries += lead if d == "..." else (feature if d in call.feature_dims else None,)
-        return PartitionSpec(*entries)
+            out += self.lead if d == "..." else (self.named.get(d),)
+        return out
 
-    return [spec(d) for _, d in call.operands], [spec(d) for _, d, _ in call.results]
+    def axes(self, dims: str) -> tuple[str, ...]:
+        """The mesh axes that shard these dims, each once."""
+        return tuple(dict.fromkeys(_axes(self.entries(dims))))
+
+    def specs(self, call: StageCall) -> tuple[list[PartitionSpec], list[PartitionSpec]]:
+        return (
+            [PartitionSpec(*self.entries(d)) for _, d in call.operands],
+            [PartitionSpec(*self.entries(d)) for _, d, _ in call.results],
+        )
 
 
-def _shard_function(call: StageCall, local: Local, row_axes: tuple[str, ...], feature_axes: tuple[str, ...]) -> Local:
-    """What one shard runs: the kernel on whole rows, or the reference on parts of rows; then the psum of the row sums."""
+def _spec(sharding: Any, ndim: int) -> tuple[Entry, ...]:
+    return tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+
+
+def _layout(call: StageCall, shardings: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> _Layout:
+    """Read from the first operand that has each dim. What the stage cannot split becomes None: the compiler then gathers it."""
+    mesh = shardings[0].mesh
+
+    def ways(entry: Entry) -> int:
+        return math.prod(mesh.shape[a] for a in _axes((entry,)))
+
+    lead = _spec(shardings[0], len(shapes[0]))[: len(call.lead(shapes[0]))]
+    last = ways(lead[-1]) if lead else 1
+    if call.row_block == 0 or (call.row_block > 1 and call.lead(shapes[0])[-1] % (last * call.row_block)):
+        lead = (None,) * len(lead)
+    granules = {d: call.group if i == 0 else 1 for i, d in enumerate(call.feature_dims)} | dict(call.parallel_dims)
+    named: dict[str, Entry] = {}
+    for name, sharding, shape in zip(call.names, shardings, shapes, strict=True):
+        for dim in call.dims(name):
+            if dim not in granules or dim in named:
+                continue
+            at = call.position(name, dim, len(shape))
+            entry = _spec(sharding, len(shape))[at]
+            split = shape[at] % (ways(entry) * granules[dim]) == 0 and not set(_axes((entry,))) & set(_axes(lead))
+            named[dim] = entry if split else None
+    for dim in call.feature_dims:
+        named.setdefault(dim, named.get(call.feature_dims[0]))
+    return _Layout(lead, named)
+
+
+def _shard_function(call: StageCall, local: Local, layout: _Layout) -> Local:
+    """What one shard runs: the kernel on whole rows, or the reference on parts of rows; then the psum of the sums."""
+    feature_axes = layout.axes(" ".join(call.feature_dims))
+    summed = {name: layout.axes(dims) for name, dims in call.sums}
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
         operands = tuple(_compat.match_varying(operands))
-        out = call.compute(operands, feature_axes) if feature_axes else local(*operands)
-        if not row_axes:
-            return out
-        summed = [
-            jax.lax.psum(o, row_axes) if r[0] in call.row_sums else o for o, r in zip(out, call.results, strict=True)
-        ]
-        return tuple(summed)
+        out = call.on_shard(operands).compute(operands, feature_axes) if feature_axes else local(*operands)
+        return tuple(
+            jax.lax.psum(o, summed[name]) if summed.get(name) else o
+            for o, (name, _, _) in zip(out, call.results, strict=True)
+        )
 
     return run
 
 
 def by_type(call: StageCall, local: Local, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Explicit mesh: the sharding is in the type of the first operand, so a shard_map can be written from it."""
-    x = operands[0]
-    sharding = jax.typeof(x).sharding
-    lead, feature = _layout(call, sharding, x.shape)
-    ins, outs = _specs(call, lead, feature)
-    row_axes, feature_axes = _axes(lead), _axes((feature,))
-    operands = tuple(_reshard(a, sharding.mesh, s) for a, s in zip(operands, ins, strict=True))
-    shard = _shard_function(call, local, row_axes, feature_axes)
-    return tuple(jax.shard_map(shard, mesh=sharding.mesh, in_specs=tuple(ins), out_specs=tuple(outs))(*operands))
+    """Explicit mesh: the shardings are in the types of the operands, so a shard_map can be written from them."""
+    shardings = [jax.typeof(a).sharding for a in operands]
+    mesh = shardings[0].mesh
+    layout = _layout(call, shardings, [a.shape for a in operands])
+    ins, outs = layout.specs(call)
+    operands = tuple(_reshard(a, mesh, s) for a, s in zip(operands, ins, strict=True))
+    shard = _shard_function(call, local, layout)
+    # A result without a parallel dim that is sharded (the kv heads beside the q heads) is the same on all shards, which the
+    # type of the one primitive behind all results cannot say.
+    checked = not call.parallel_dims
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=tuple(ins), out_specs=tuple(outs), check_vma=checked)
+    return tuple(mapped(*operands))
 
 
-def conform(operands: dict[str, tuple[Any, str]], *, gather_features: bool = False) -> list[Any]:
-    """Explicit mesh: reshard the operands (name -> array, dims) of a public call to fit the first one.
+def conform(
+    operands: Mapping[str, tuple[Any, str]], *, gather_features: bool = False, keep: Mapping[str, int] | None = None
+) -> list[Any]:
+    """Explicit mesh: reshard the operands (name -> array, dims) of a public call to fit the first that has each dim.
 
-    Done outside the custom_vjp, so that each gradient comes back in the type of its argument.
+    Done outside the custom_vjp, so that each gradient comes back in the type of its argument. ``keep`` names the dims that may stay
+    sharded, each with how many of it must stay together; without it, the features ``n`` unless ``gather_features``.
     """
     x, _ = next(iter(operands.values()))
     if _compat.explicit_mesh(jax.typeof(x)) is None or _compat.manual_axes():
         return [a for a, _ in operands.values()]
-    sharding = jax.typeof(x).sharding
-    spec = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
-    feature = None if gather_features else spec[-1]
-    entries = {"... n": (*spec[:-1], feature), "...": spec[:-1], "n": (feature,), "": ()}
+    granules = {} if gather_features else {"n": 1}
+    call = StageCall(
+        stage="",
+        op="",
+        operands=tuple((name, dims) for name, (a, dims) in operands.items() if a is not None),
+        results=(),
+        sizes=(),
+        feature_dims=(),
+        parallel_dims=tuple((granules if keep is None else keep).items()),
+    )
+    there = [a for a, _ in operands.values() if a is not None]
+    layout = _layout(call, [jax.typeof(a).sharding for a in there], [a.shape for a in there])
+    mesh = jax.typeof(x).sharding.mesh
     return [
-        None if a is None else _reshard(a, sharding.mesh, PartitionSpec(*entries[dims]))
-        for a, dims in operands.values()
+        None if a is None else _reshard(a, mesh, PartitionSpec(*layout.entries(dims))) for a, dims in operands.values()
     ]
 
 
 def _reshard(a: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
-    now = tuple(jax.typeof(a).sharding.spec)
-    return (
-        a if now + (None,) * (a.ndim - len(now)) == tuple(spec) else jax.sharding.reshard(a, NamedSharding(mesh, spec))
-    )
+    now = _spec(jax.typeof(a).sharding, a.ndim)
+    return a if now == tuple(spec) else jax.sharding.reshard(a, NamedSharding(mesh, spec))
 
 
 def partition(call: StageCall, local: Local) -> Callable[..., Any]:
     """The callback of custom_partitioning: shardings of operands and results, and the function of a shard."""
 
     def callback(mesh: Any, arguments: Any, result: Any) -> Any:
-        x = arguments[0]
-        lead, feature = _layout(call, x.sharding, x.shape)
-        ins, outs = _specs(call, lead, feature)
-        mesh = x.sharding.mesh
-        shard = _shard_function(call, local, _axes(lead), _axes((feature,)))
-        named = [tuple(NamedSharding(mesh, s) for s in specs) for specs in (outs, ins)]
-        return mesh, shard, named[0], named[1]
+        layout = _layout(call, [a.sharding for a in arguments], [a.shape for a in arguments])
+        mesh = arguments[0].sharding.mesh
+        ins, outs = (tuple(NamedSharding(mesh, s) for s in specs) for specs in layout.specs(call))
+        return mesh, _shard_function(call, local, layout), outs, ins
 
     return callback
 
@@ -140,8 +180,8 @@ def infer(call: StageCall) -> Callable[..., Any]:
     """Result shardings from operand shardings, for the partitioner that predates Shardy."""
 
     def callback(mesh: Any, arguments: Any, result: Any) -> Any:
-        x = arguments[0]
-        lead, feature = _layout(call, x.sharding, x.shape)
-        return tuple(NamedSharding(x.sharding.mesh, s) for s in _specs(call, lead, feature)[1])
+        layout = _layout(call, [a.sharding for a in arguments], [a.shape for a in arguments])
+        mesh = arguments[0].sharding.mesh
+        return tuple(NamedSharding(mesh, s) for s in layout.specs(call)[1])
 
     return callback

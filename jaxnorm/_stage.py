@@ -1,13 +1,19 @@
 """What a stage is: one kernel-sized step of an operator, described once for gradients, batching, sharding and kernels alike.
 
 The dims of each operand and result are written as in einsum: ``"... n"`` is rows of features, ``"n"`` a vector over the features,
-``"..."`` one value a row. ``...`` stands for the leading dims, which are folded to rows M inside the shard and nowhere else.
+``"..."`` one value a row, ``"... h d"`` rows of heads. ``...`` stands for the leading dims, which are folded to rows M inside the
+shard and nowhere else; the first operand begins with them. What may be sharded, and what that costs, follows from the dims:
+
+    ...            any sharding: the rows are independent
+    parallel_dims  independent, too (heads, channels in whole groups): the kernel runs on the shard
+    feature_dims   the reference runs on the shard and sums its statistics over the axes
+    all others     gathered
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -62,19 +68,21 @@ class StageCall:
     results: tuple[tuple[str, str, str], ...]
     """(name, dims, dtype) of the results wanted, in order."""
     sizes: tuple[tuple[str, int], ...]
-    """Global size of each named dim, ``n`` first."""
+    """Size of each named dim, that of the features first: global, but for the parallel dims of a shard."""
     options: tuple[tuple[str, Any], ...] = ()
     backend: str | None = None
     """Named by the caller, the context or the environment; None = choose."""
     backend_source: str = ""
     """Who named it."""
     targets: tuple[tuple[str, str], ...] = ()
-    row_sums: tuple[str, ...] = ()
-    """Results that are sums over the rows: summed over the mesh axes that shard the rows."""
+    sums: tuple[tuple[str, str], ...] = ()
+    """(result, dims): float32 sums over these dims (``...`` = the rows), added up over the mesh axes that shard them."""
     feature_dims: tuple[str, ...] = ("n",)
-    """Named dims that are sharded when the features are; empty = sharded features are gathered."""
+    """Named dims that may be sharded at the price of a sum of statistics. One that no operand has (groups) follows the first."""
     group: int = 1
-    """Features that must stay on one shard together."""
+    """Features (of the first feature dim) that must stay on one shard together."""
+    parallel_dims: tuple[tuple[str, int], ...] = ()
+    """(named dim, how many of it must stay on one shard together) over which the computation is independent."""
     row_block: int = 1
     """Neighbouring rows that must stay on one shard together; 0 = all of them."""
 
@@ -101,6 +109,25 @@ class StageCall:
             if entry[0] == name:
                 return tuple(entry[1].split())
         raise KeyError(name)
+
+    def lead(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The leading dims in the shape of the first operand."""
+        return shape[: len(shape) - len(self.dims(self.names[0])) + 1]
+
+    def position(self, name: str, dim: str, ndim: int) -> int:
+        """Where a named dim of an operand or result with ``ndim`` dims stands."""
+        dims = self.dims(name)
+        i = dims.index(dim)
+        return i if "..." not in dims[:i] else ndim - len(dims) + i
+
+    def on_shard(self, operands: Sequence[Any]) -> StageCall:
+        """The same call with the sizes that the parallel dims have in these operands."""
+        sizes = dict(self.sizes)
+        for name, a in zip(self.names, operands, strict=True):
+            for dim, _ in self.parallel_dims:
+                if dim in self.dims(name):
+                    sizes[dim] = a.shape[self.position(name, dim, len(a.shape))]
+        return self if tuple(sizes.items()) == self.sizes else replace(self, sizes=tuple(sizes.items()))
 
     def result_shape(self, name: str, lead: tuple[int, ...]) -> tuple[int, ...]:
         shape: tuple[int, ...] = ()

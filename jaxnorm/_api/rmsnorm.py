@@ -89,7 +89,7 @@ class _Config:
             backend=self.backend,
             backend_source=self.backend_source,
             targets=self.targets,
-            row_sums=tuple(name for name, _, _ in results if name == "dweight"),
+            sums=tuple((name, "...") for name, _, _ in results if name == "dweight"),
             feature_dims=("n",) if len(sizes) == 1 else (),
         )
 

@@ -67,6 +67,8 @@ def keywords(launch: Launch, problem: Problem, out_types: Sequence[Any]) -> dict
         "num_stages": launch.num_stages,
         **dict(launch.constants),
     }
+    if launch.aliases:
+        words["input_output_aliases"] = launch.aliased()
     if problem.target.startswith("sm_"):
         words["compute_capability"] = int(problem.target[3:])
     if _version("jax-triton") >= (0, 4):

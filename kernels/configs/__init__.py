@@ -101,3 +101,11 @@ class Launch:
     """Further compiler options by name (``waves_per_eu``, ``maxnreg``)."""
     temps: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     """(name, shape, dtype) of outputs that are scratch between the launches of one stage."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """(input, output) that are one buffer: in place where the input is donated, a copy made before the launch where it is not.
+    The kernel writes only part of such an output."""
+
+    def aliased(self, inputs=None, outputs=None) -> dict[int, int]:
+        """``aliases`` as positions in these lists of buffers; without them, in all inputs and outputs."""
+        inputs, outputs = list(inputs or self.inputs), list(outputs or self.outputs)
+        return {inputs.index(a): outputs.index(b) for a, b in self.aliases if a in inputs and b in outputs}
