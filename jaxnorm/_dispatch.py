@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from .kernels.configs import Launch, Problem, Unsupported
 
 BACKENDS = ("xla", "triton", "hip")
 _context = _compat.user_context(None)
+listeners: list[Callable[[StageCall, Problem, Chosen], None]] = []
+"""Called with every choice, as it is made; what ``explain`` of a whole program hangs itself into."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
     Raises:
       UnsupportedError: a kernel backend was named, or is required, and cannot serve the call here.
     """
+    chosen = _choose(call, p, platform)
+    for listener in listeners:
+        listener(call, p, chosen)
+    return chosen
+
+
+def _choose(call: StageCall, p: Problem, platform: str) -> Chosen:
     named, by = call.backend, call.backend_source
     if platform == "cpu":
         if named in (None, "xla"):

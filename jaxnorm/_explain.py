@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,11 +50,31 @@ def explain(fn: Callable[..., Any], *args: Any) -> Choices:
     found = Choices()
     for call, avals in _stages(jax.make_jaxpr(fn)(*args).jaxpr):
         p = _launch.problem(call, avals, "" if platform == "cpu" else target.resolve(platform, call.targets))
-        chosen = _dispatch.choose(call, p, platform)
-        kernels = ", ".join(launch.kernel for launch in chosen.plan) or "jnp"
-        config = ", ".join(_config(launch) for launch in chosen.plan) or f"rows={p.rows} N={p.features}"
-        found.append(Choice(_name(call), chosen.backend, kernels, config, chosen.reason, chosen.rejected))
+        found.append(_choice(call, p, _dispatch.choose(call, p, platform)))
     return found
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Choices]:
+    """The choices of everything that is lowered inside the ``with`` block, each different one once."""
+    found = Choices()
+
+    def listener(call: Any, p: Any, chosen: _dispatch.Chosen) -> None:
+        choice = _choice(call, p, chosen)
+        if choice not in found:
+            found.append(choice)
+
+    _dispatch.listeners.append(listener)
+    try:
+        yield found
+    finally:
+        _dispatch.listeners.remove(listener)
+
+
+def _choice(call: Any, p: Any, chosen: _dispatch.Chosen) -> Choice:
+    kernels = ", ".join(launch.kernel for launch in chosen.plan) or "jnp"
+    config = ", ".join(_config(launch) for launch in chosen.plan) or f"rows={p.rows} N={p.features}"
+    return Choice(_name(call), chosen.backend, kernels, config, chosen.reason, chosen.rejected)
 
 
 def _platform() -> str:

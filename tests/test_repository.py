@@ -117,6 +117,7 @@ LAYERS = (
     "_api",
     "__init__",
     "doctor",
+    "_cli",
     "cli",
     "__main__",
 )

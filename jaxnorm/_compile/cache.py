@@ -16,7 +16,9 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .code_object import CodeObject
 
@@ -81,6 +83,65 @@ def clear_memory() -> None:
     _memory.clear()
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A file of the folder, as its header describes it."""
+
+    path: Path
+    bytes: int
+    modified: float
+    name: str = ""
+    target: str = ""
+    damage: str = ""
+    """Why it would not be loaded; empty for a whole entry."""
+
+
+def entries() -> list[Entry]:
+    """What is in the folder: code objects, and what an interrupted write left. Other files there are not ours and not listed."""
+    found = []
+    for path in sorted([*directory().glob("*/*.code"), *directory().glob("*/.new-*")]):
+        try:
+            status, data = path.stat(), path.read_bytes()
+        except OSError:
+            continue  # another process took it away
+        try:
+            head = _header(data)[0]
+            found.append(Entry(path, status.st_size, status.st_mtime, head["name"], head["target"]))
+        except _BROKEN as e:
+            found.append(Entry(path, status.st_size, status.st_mtime, damage=str(e) or type(e).__name__))
+    return found
+
+
+def remove(chosen: Sequence[Entry]) -> list[str]:
+    """Deletes entries and the subfolders that are empty then; what could not be deleted, with the reason."""
+    failed = []
+    for entry in chosen:
+        try:
+            entry.path.unlink(missing_ok=True)
+        except OSError as e:
+            failed.append(f"{entry.path}: {e.strerror}")
+    for folder in {entry.path.parent for entry in chosen}:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    return failed
+
+
+_BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+
+
+def _header(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of an entry and what follows it, verified.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: damaged, cut off, or written in another format.
+    """
+    line, rest = data.split(b"\n", 1)
+    head = json.loads(line)
+    if head.pop("sha256") != _checksum(head, rest) or head["format"] != FORMAT or rest[:4] != b"\x7fELF":
+        raise ValueError("checksum or format differs")
+    return head, rest
+
+
 def _path(key: str) -> Path:
     return directory() / key[:2] / f"{key}.code"
 
@@ -90,7 +151,7 @@ def _note(text: str) -> None:
     _problem = text
 
 
-def _trusted(folder: Path) -> bool:
+def trusted(folder: Path) -> bool:
     """Ours, and not writable by others: what is read here is executed on the GPU."""
     if not hasattr(os, "getuid"):
         return True
@@ -118,16 +179,13 @@ def _read(key: str) -> CodeObject | None:
     except OSError as e:
         _note(f"cannot read {path}: {e}")
         return None
-    if not (_trusted(directory()) and _trusted(path.parent)):
+    if not (trusted(directory()) and trusted(path.parent)):
         return None
     try:
-        line, rest = data.split(b"\n", 1)
-        head = json.loads(line)
+        head, rest = _header(data)
         image, asm = rest[: head["image_bytes"]], rest[head["image_bytes"] :]
-        if head.pop("sha256") != _checksum(head, rest) or head["format"] != FORMAT or image[:4] != b"\x7fELF":
-            raise ValueError("checksum or format differs")
         return CodeObject(image, head["name"], head["target"], head["threads"], head["shared"], key, asm.decode())
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except _BROKEN as e:
         _note(f"damaged cache entry {path} ({e}); it is compiled again")
         return None
 
@@ -152,7 +210,7 @@ def _write(key: str, code: CodeObject) -> None:
     try:
         directory().mkdir(mode=0o700, parents=True, exist_ok=True)
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not _trusted(directory()):
+        if not trusted(directory()):
             return
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
         try:
