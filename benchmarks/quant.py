@@ -12,6 +12,7 @@ import argparse
 import functools
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 import jaxnorm as jn
 
-from . import store, timing
+from . import op_sweep, store, timing
 from .cells import EPS, parse_shape
 
 FORMAT = "jaxnorm-quant-bench/1"
@@ -44,6 +45,38 @@ def xla_quantise(y: jax.Array, spec: jn.QuantSpec) -> tuple[jax.Array, jax.Array
     v = jnp.clip(grouped / scale, -top, top)
     codes = (jnp.round(v) if spec.dtype == "int8" else v).astype(spec.dtype)
     return codes.reshape(y.shape), scale[..., 0]
+
+
+def _bytes(op: str, spec: jn.QuantSpec, m: int, n: int) -> tuple[int, int]:
+    """(least traffic, bytes of the inputs that rotate)"""
+    add = op.startswith("add")
+    reads = 2 * m * n * (2 if add else 1)
+    codes = m * n // 2 if spec.dtype == "fp4" else m * n
+    scales = m * spec.groups(n) * (1 if spec.scale_dtype == "e8m0" else 4)
+    return reads + codes + scales + (2 * m * n if add else 0) + 2 * n, reads
+
+
+def _rows(op: str, m: int, n: int, i: int) -> tuple[jax.Array, ...]:
+    """Set i of the arguments in bfloat16; all sets share the weight."""
+    w = (1 + 0.1 * jax.random.normal(jax.random.key(0), (n,))).astype(jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(i + 1), 2 if op.startswith("add") else 1)
+    return (*(jax.random.normal(k, (m, n), jnp.bfloat16) for k in keys), w)
+
+
+def sweep_cases() -> Iterator[op_sweep.Case]:
+    """``rmsnorm_quant:fp8`` and so on, for ``op_sweep``."""
+    for op in OPS:
+        for name, spec in SPECS.items():
+
+            def function(backend: str, op: str = op, spec: jn.QuantSpec = spec) -> Any:
+                return lambda *a: getattr(jn, op)(*a, spec, eps=EPS, backend=backend)
+
+            yield op_sweep.Case(
+                f"{op}:{name}",
+                function,
+                lambda s, i, op=op: _rows(op, *s, i),
+                lambda s, op=op, spec=spec: _bytes(op, spec, *s),
+            )
 
 
 def programs(op: str, spec: jn.QuantSpec, sets: list[tuple[Any, ...]]) -> list[timing.Program]:
@@ -76,16 +109,10 @@ def copy(nbytes: int, sets: int) -> timing.Program:
 
 
 def measure(timer: timing.Timer, op: str, name: str, m: int, n: int) -> dict[str, Any]:
-    spec, add = SPECS[name], op.startswith("add")
-    reads = 2 * m * n * (2 if add else 1)
-    codes = m * n // 2 if spec.dtype == "fp4" else m * n
-    scales = m * spec.groups(n) * (1 if spec.scale_dtype == "e8m0" else 4)
-    nbytes = reads + codes + scales + (2 * m * n if add else 0) + 2 * n
+    spec = SPECS[name]
+    nbytes, reads = _bytes(op, spec, m, n)
     count, _ = timing.rotation(reads)
-    key = jax.random.split(jax.random.key(0), 2 * count + 1)
-    w = (1 + 0.1 * jax.random.normal(key[-1], (n,))).astype(jnp.bfloat16)
-    rows = [jax.random.normal(k, (m, n), jnp.bfloat16) for k in key[: count * (2 if add else 1)]]
-    sets = [(*rows[2 * i : 2 * i + 2], w) for i in range(count)] if add else [(r, w) for r in rows]
+    sets = [_rows(op, m, n, i) for i in range(count)]
     errors: dict[str, str] = {}
     runs = programs(op, spec, sets)
     for p in list(runs):

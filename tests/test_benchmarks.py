@@ -1,9 +1,12 @@
 """What of benchmarks/ needs no GPU: cells, splitting of kernel records, resume, verdicts, tables, and a run on the CPU."""
 
+import dataclasses
+import importlib
 import json
 
 import pytest
 
+import jaxnorm
 from benchmarks import cells, compare, run, store, sweep, table, timing
 from benchmarks.cells import Cell
 
@@ -275,3 +278,22 @@ def test_a_limited_sweep_keeps_the_plans_own_choice():
     some = sweep.candidates("triton", problem, 6)
     assert len(everything) > 6 == len(set(some)) and some[0] == everything[0] and set(some) <= set(everything)
     assert len({sweep.label(p, tuple(everything)) for p in everything}) == len(everything)
+
+
+@pytest.mark.parametrize("name", ["rmsnorm_quant:fp8", "add_rmsnorm_quant:mxfp4"])
+def test_an_op_sweep_replaces_the_plan_of_the_stage_it_is_about(name):
+    from benchmarks import op_sweep, quant
+
+    case = next(c for c in quant.sweep_cases() if c.name == name)
+    args = case.arguments((33, 1024), 0)
+    with jaxnorm.use_target({"cuda": "sm_90"}):
+        call, problem = op_sweep.last_stage(case.function(None), args)
+    assert (problem.stage, problem.rows, problem.target) == ("rmsnorm_quant_fwd", 33, "sm_90")
+    module = importlib.import_module(f"jaxnorm.kernels.configs.{call.definition.plans['hip']}")
+    picked, *others = module.candidates(problem)
+    with op_sweep.forced(module, problem, others[0]):
+        assert module.plan(problem) == others[0] != picked
+        assert module.plan(dataclasses.replace(problem, rows=34)) != others[0]
+    assert module.plan(problem) == picked
+    total, reads = case.bytes((33, 1024))
+    assert reads == sum(a.nbytes for a in args[:-1]) and total > 1.25 * reads
