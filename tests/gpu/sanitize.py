@@ -20,7 +20,12 @@ os.environ["XLA_FLAGS"] = (
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 import cases  # noqa: E402
+from oracle_quant import Case  # noqa: E402
 from workloads import check  # noqa: E402
+
+from jaxnorm import QuantSpec  # noqa: E402
+
+MX = {"group_size": 32, "scale_dtype": "e8m0"}
 
 
 def workloads(full: bool):
@@ -37,6 +42,16 @@ def workloads(full: bool):
         yield from (w for w in cases.gpu_workloads() if w.rows * w.features < 1 << 21)
 
 
+def quant_cases():
+    """Scales a row, a group and static; every layout; fp4 in rows that end inside a word; rows in plenty."""
+    yield Case("add_rmsnorm_quant", QuantSpec("int8"), 769, (5,), keep=True)
+    yield Case("rmsnorm_quant", QuantSpec("float8_e4m3fn"), 4096, (33,), smooth="float32", weight_dtype="float32")
+    yield Case("add_rmsnorm_quant", QuantSpec("float8_e4m3fn", group_size=128, scale_layout="column"), 1024, (7,))
+    yield Case("rmsnorm_quant", QuantSpec("fp4", scale_layout="shuffled", **MX), 160, (33,))
+    yield Case("quantize", QuantSpec("fp4", **MX), 96, (3,))
+    yield Case("quantize", QuantSpec("int8"), 5125, (3,), static=0.01)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("triton", "hip"), required=True)
@@ -45,6 +60,10 @@ def main() -> None:
     for work in workloads(arguments.full):
         check(work, arguments.backend)
         print("ok", work.id, flush=True)
+    for case in quant_cases():
+        arrays = case.arrays()
+        case.check(arrays, case.run(arrays, arguments.backend), arguments.backend, exact=False)
+        print("ok", case.id, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def test_compute_sanitizer(tool, backend):
     binary = _tool()
     needs.need("compute_sanitizer", binary is not None, "compute-sanitizer is not installed")
     script = Path(__file__).with_name("sanitize.py")
-    only = ["--kernel-name", "kernel_substring=norm"] if tool == "initcheck" else []
+    ours = ("norm", "quant")
+    only = [o for name in ours if tool == "initcheck" for o in ("--kernel-name", f"kernel_substring={name}")]
     command = [
         binary,
         "--tool",
