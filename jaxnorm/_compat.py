@@ -62,3 +62,30 @@ def explicit_mesh(aval: Any) -> Any | None:
     """The mesh in the type of a value when it has Explicit axes, else None."""
     mesh = aval.sharding.mesh
     return None if mesh.empty or AxisType.Explicit not in mesh.axis_types else mesh
+
+
+def _names(axis: str | tuple[str, ...]) -> tuple[str, ...]:
+    return axis if isinstance(axis, tuple) else (axis,)
+
+
+def tracks_varying(axis: str | tuple[str, ...]) -> bool:
+    """Whether types say over which manual axes a value differs (``check_vma``): the index along an axis then does over it."""
+    name = _names(axis)[0]
+    return name in varying(jax.typeof(jax.lax.axis_index(name)))
+
+
+def varies_over(a: jax.Array, axis: str | tuple[str, ...]) -> bool:
+    """Whether the type of ``a`` says that it differs along ``axis``."""
+    return bool(varying(jax.typeof(a)) & set(_names(axis)))
+
+
+def vary_over(a: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
+    """``a`` typed as different along ``axis``, as collectives want it under ``check_vma``; unchanged without."""
+    return _vary(a, _names(axis)) if tracks_varying(axis) else a  # type: ignore[return-value]
+
+
+def all_gather_equal(a: jax.Array, axis: str | tuple[str, ...], *, tiled: bool) -> jax.Array:
+    """``lax.all_gather`` along dim 0 whose result is typed as equal on all ranks, so that ``out_specs=P()`` takes it."""
+    if not tracks_varying(axis):
+        return jax.lax.all_gather(a, axis, tiled=tiled)
+    return jax.lax.all_gather(vary_over(a, axis), axis, tiled=tiled, to="invarying")
