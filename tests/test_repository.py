@@ -116,6 +116,7 @@ LAYERS = (
     "_op _explain _export",
     "_api",
     "__init__",
+    "distributed",
     "doctor",
     "_cli",
     "cli",
