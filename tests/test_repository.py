@@ -116,6 +116,7 @@ LAYERS = (
     "_op _explain _export",
     "_api",
     "__init__",
+    "distributed._api",
     "distributed",
     "doctor",
     "_cli",
