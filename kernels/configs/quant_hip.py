@@ -247,12 +247,11 @@ def _fixed_bytes(problem: Problem, lanes: int) -> int:
 def _candidates(problem: Problem) -> Iterator[Forward]:
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _words(problem)
-    for each in (2, 3, 4, 6):
+    for each in (2, 3, 4, 6, 8):
         if ahead := _ahead(problem, each):
-            yield ahead
-            yield replace(ahead, depth=1)
-            if each == 2:
-                yield replace(ahead, early=True)
+            yield from (
+                replace(ahead, depth=d, early=e) for d in (2, 1) for e in (False, True)[: 2 if each <= 4 else 1]
+            )
     if chunks <= wave:
         lanes = next_power_of_2(chunks)
         while lanes >= 4:
@@ -268,10 +267,13 @@ def _candidates(problem: Problem) -> Iterator[Forward]:
         if lanes > wave and _ceil(chunks, lanes - wave) == per:
             continue  # the same chunks a thread with fewer threads
         if lanes == wave:
-            if per * words <= 64:
+            if per * words <= 128:
                 bases = [_one_wave(problem, groups) for groups in (1, 2, 4, 8)]
                 yield from (replace(b, early=early) for b in bases for early in (False, True))
             continue
+        if 3 <= per <= 8 and per * words <= 64:  # all of the row in registers
+            held = Forward(lanes, regs=per, min_blocks=_min_blocks(problem, lanes, per))
+            yield from (replace(held, early=early) for early in (False, True))
         if (lanes < 512 and per * words > 64) or per in (5, 7) or 8 < per < 16:
             continue
         base = _with_storage(problem, Forward(lanes))
