@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._api.qk import qk_norm_rope, qk_norm_rope_two_stream
     from ._api.quant import add_rmsnorm_quant, quantize, rmsnorm_quant
     from ._api.rmsnorm import add_rmsnorm, rmsnorm
+    from ._api.rope import mrope, rope, rope_table
     from ._compile.target import use_target
     from ._dispatch import BackendInfo, backends, use_backend
     from ._explain import Choice, explain
@@ -32,9 +34,14 @@ __all__ = [
     "backends",
     "explain",
     "export_checks",
+    "mrope",
+    "qk_norm_rope",
+    "qk_norm_rope_two_stream",
     "quantize",
     "rmsnorm",
     "rmsnorm_quant",
+    "rope",
+    "rope_table",
     "use_backend",
     "use_target",
 ]
@@ -51,9 +58,14 @@ _HOME = {
     "backends": "_dispatch",
     "explain": "_explain",
     "export_checks": "_export",
+    "mrope": "_api.rope",
+    "qk_norm_rope": "_api.qk",
+    "qk_norm_rope_two_stream": "_api.qk",
     "quantize": "_api.quant",
     "rmsnorm": "_api.rmsnorm",
     "rmsnorm_quant": "_api.quant",
+    "rope": "_api.rope",
+    "rope_table": "_api.rope",
     "use_backend": "_dispatch",
     "use_target": "_compile.target",
 }
