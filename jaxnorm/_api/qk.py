@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -67,7 +68,7 @@ def _halves(table: jax.Array) -> tuple[jax.Array, jax.Array]:
     return f32(table[:, :half]), f32(table[:, half:])
 
 
-_PLANS = {"triton": "qk_triton", "hip": "qk_hip"}
+_PLANS: dict[str, str] = {}
 FORWARD = register_stage(StageDef("qk_norm_rope_fwd", "qk_norm_rope", _reference, _PLANS))
 BACKWARD = register_stage(StageDef("qk_norm_rope_bwd", "qk_norm_rope", _backward_reference, _PLANS))
 TWO_STREAM = register_stage(
@@ -274,8 +275,6 @@ def _two_forward(config: _heads.Config, parts: Many, weights: Many, tables: Many
 def _two_call(
     config: _heads.Config, stage: StageDef, operands: dict, results: list, parts: Many, sums: tuple = ()
 ) -> StageCall:
-    import dataclasses
-
     call = config.call(stage, operands, results, sums, **_norm_options(config))
     sizes = dict(call.sizes) | {"v": parts[0].shape[-3] + parts[2].shape[-3]}
     # the streams are joined along their tokens, which therefore stay together; heads may be sharded
