@@ -108,7 +108,11 @@ class Case:
         cos, sin = np.ones((*self.lead, 1, half)), np.zeros((*self.lead, 1, half))
         for token in np.ndindex(*self.lead):
             for j in range(half):
-                p = int(positions[(component(j, self.sections, self.interleaved), *token)] if self.sections else positions[token])
+                p = int(
+                    positions[(component(j, self.sections, self.interleaved), *token)]
+                    if self.sections
+                    else positions[token]
+                )
                 if 0 <= p < table.shape[0]:
                     cos[(*token, 0, j)], sin[(*token, 0, j)] = table[p, j], table[p, half + j]
         return cos, sin
@@ -189,7 +193,9 @@ class Case:
         shaped = [np.asarray(out[f"{prefix}{i}"]).reshape(a[f"x{i}"].shape) for i in each]
         if not backward:
             return self.check(a, shaped, what)
-        gradients = {f"x{i}": v for i, v in enumerate(shaped)} | {f"w{i}": out[f"dw{i}"] for i in each if f"dw{i}" in out}
+        gradients = {f"x{i}": v for i, v in enumerate(shaped)} | {
+            f"w{i}": out[f"dw{i}"] for i in each if f"dw{i}" in out
+        }
         return self.check_gradients(a, gradients, what)
 
 
@@ -218,7 +224,9 @@ class Turned:
     def check(self, got: Any, what: str) -> None:
         got = np.asarray(got)
         want = oracle.round_to(self.value, self.dtype)
-        assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype}{got.shape} is not {want.dtype}{want.shape}"
+        assert got.dtype == want.dtype and got.shape == want.shape, (
+            f"{what}: {got.dtype}{got.shape} is not {want.dtype}{want.shape}"
+        )
         with np.errstate(all="ignore"):
             error = np.abs(f64(got) - self.value)
             if self.dtype == F32:
@@ -230,7 +238,9 @@ class Turned:
             far = ~((error <= bound + self.input_ulps) | same)
         outliers = got.size // 1000 if self.normed and self.dtype != F32 else 0
         if far.any() or bad.sum() > outliers:
-            tolerances._fail(what, got, want, far if far.any() else bad, f"worst {float(np.nanmax(error / bound)):.2f} of the bound")
+            tolerances._fail(
+                what, got, want, far if far.any() else bad, f"worst {float(np.nanmax(error / bound)):.2f} of the bound"
+            )
         if not self.normed and self.passed.shape[-1]:
             rest = self.passed.shape[-1]
             tolerances.assert_same_values(got[..., -rest:], self.passed.astype(got.dtype), f"{what} beyond rotary_dim")

@@ -1,5 +1,7 @@
 """qk_norm_rope and qk_norm_rope_two_stream on the CPU: numbers and gradients against the float64 oracle, errors, edges."""
 
+# ruff: noqa: E501 -- a bad call and its message stand on one line
+
 from __future__ import annotations
 
 from dataclasses import replace

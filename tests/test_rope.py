@@ -1,4 +1,6 @@
-"""rope, mrope and rope_table on the CPU: numbers against the float64 oracle, tables against Hugging Face's formulas, rules of mrope."""
+"""rope, mrope and rope_table on the CPU: numbers against the float64 oracle, tables against Hugging Face's formulas."""
+
+# ruff: noqa: E501 -- a bad call and its message stand on one line
 
 from __future__ import annotations
 
@@ -188,7 +190,9 @@ SCALINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("scaling", "dim", "base", "length"), SCALINGS, ids=lambda v: v["rope_type"] if isinstance(v, dict) else None)
+@pytest.mark.parametrize(
+    ("scaling", "dim", "base", "length"), SCALINGS, ids=lambda v: v["rope_type"] if isinstance(v, dict) else None
+)
 def test_tables_of_hugging_face(scaling, dim, base, length):
     inverse, factor = hf_inverse(scaling, dim, base, length)
     table = np.asarray(jn.rope_table(length, dim, base=base, scaling=scaling))

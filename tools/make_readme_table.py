@@ -35,11 +35,14 @@ def _cell(op: _stage.OpDef, backend: str) -> str:
 
 
 def table() -> str:
-    """A row for each operator of the registry."""
+    """A row for all operators of the registry that have the same cells."""
     for name in jaxnorm.__all__:
         getattr(jaxnorm, name)  # importing a family registers its operators
     rows = ["| operator | " + " | ".join(f"`{b}`" for b in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
-    rows += [f"| `{op.name}` | " + " | ".join(_cell(op, b) for b in BACKENDS) + " |" for op in _stage.OPS.values()]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for op in _stage.OPS.values():
+        groups.setdefault(tuple(_cell(op, b) for b in BACKENDS), []).append(f"`{op.name}`")
+    rows += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in groups.items()]
     return "\n".join(rows)
 
 

@@ -104,9 +104,7 @@ def table(op: str, argument: str, value: Any, features: int) -> jax.Array:
         raise value_error(op, argument, f"shape {a.shape}", "[max_positions, rotary_dim]")
     width = a.shape[1]
     if width < 2 or width % 2 or width > features:
-        raise value_error(
-            op, argument, f"rotary_dim {width} (its last dim)", f"an even number from 2 to D={features}"
-        )
+        raise value_error(op, argument, f"rotary_dim {width} (its last dim)", f"an even number from 2 to D={features}")
     return jax.lax.stop_gradient(a)
 
 

@@ -160,9 +160,7 @@ def _jitted(xs: Many, ws: Many, positions: Any, cos_sin: Any, config: _heads.Con
         out: dict[int, Any] = {}
         for group in _heads.alike(xs):
             size = len(group)
-            arrays = _compat.match_varying(
-                (*(xs[i] for i in group), *(ws[i] for i in group), positions, cos_sin)
-            )
+            arrays = _compat.match_varying((*(xs[i] for i in group), *(ws[i] for i in group), positions, cos_sin))
             operands = _operands(config, arrays[:size], arrays[size : 2 * size], *arrays[2 * size :])  # type: ignore[arg-type]
             keep = {"t": 1, **{f"h{i}": 1 for i in range(size)}}
             arrays = _sharding.conform(operands, keep=keep)
@@ -367,7 +365,8 @@ def qk_norm_rope_two_stream(
         features,
     )
     tables = tuple(
-        _stream_table(op, f"cos_sin{i}", t, features, parts[f"q{i}"].shape[1]) for i, t in enumerate((cos_sin0, cos_sin1))
+        _stream_table(op, f"cos_sin{i}", t, features, parts[f"q{i}"].shape[1])
+        for i, t in enumerate((cos_sin0, cos_sin1))
     )
     name, source = _dispatch.requested(op, backend)
     static = (name, source, target.named(), check.eps(op, eps), _offset(op, weight_offset, weights))

@@ -225,7 +225,9 @@ def _scaled(op: str, width: int, base: float, length: int, scaling: Mapping[str,
     if kind in ("default", "mrope"):
         return ref_table.frequencies(width, base), 1.0
     if kind not in ref_table.SCALINGS:
-        raise value_error(op, "scaling['rope_type']", repr(kind), " or ".join(map(repr, ("default", *ref_table.SCALINGS))))
+        raise value_error(
+            op, "scaling['rope_type']", repr(kind), " or ".join(map(repr, ("default", *ref_table.SCALINGS)))
+        )
     function, required, optional = ref_table.SCALINGS[kind]
     missing = [k for k in required if scaling.get(k) is None]
     unknown = [k for k in scaling if k not in (*required, *optional, *_IGNORED)]

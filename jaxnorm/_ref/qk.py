@@ -2,7 +2,8 @@
 
     xn = cast(x * rsqrt(sum(x * x) / D + eps) * (weight + weight_offset));   out = cast(rotate(xn))
 
-The norm is over all D elements of a head, also where fewer are rotated; its result is rounded to the dtype of x before the rotation.
+The norm is over all D elements of a head, also where fewer are rotated; its result is rounded to the dtype of x before it is
+rotated.
 """
 
 from __future__ import annotations
