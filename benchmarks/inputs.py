@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxnorm._bench.timing import rotation
+
 from .cells import EPS, INPUTS, OUTPUTS, Cell
-from .timing import rotation
 
 Arrays = dict[str, jax.Array]
 TOLERANCE = {"bfloat16": 6e-3, "float16": 1e-3, "float32": 2e-5}

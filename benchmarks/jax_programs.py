@@ -13,25 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnorm._bench import plain, programs
+from jaxnorm._bench.timing import Program, rotation
+
 from .cells import EPS, OUTPUTS, Cell
 from .inputs import Arrays, Inputs
-from .timing import Program, rotation
 
 Norm = Callable[[jax.Array, jax.Array], jax.Array]
 AddNorm = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-def jnp_rmsnorm(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """What most models contain: float32 inside, the dtype of x outside."""
-    x32 = x.astype(jnp.float32)
-    y = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPS)
-    return (y * weight.astype(jnp.float32)).astype(x.dtype)
-
-
-def jnp_add_rmsnorm(x: jax.Array, residual: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    s = x.astype(jnp.float32) + residual.astype(jnp.float32)
-    y = s * lax.rsqrt(jnp.mean(jnp.square(s), axis=-1, keepdims=True) + EPS)
-    return (y * weight.astype(jnp.float32)).astype(x.dtype), s.astype(residual.dtype)
 
 
 def _jnp_backward_saved(n: jax.Array, rstd: jax.Array, weight: jax.Array, dy: jax.Array, dres: jax.Array | None) -> Any:
@@ -129,7 +118,7 @@ def jaxnorm_program(backend: str | None, inputs: Inputs) -> Program:
 
 
 def xla_program(inputs: Inputs) -> Program:
-    return norm_program("xla", inputs, jnp_rmsnorm, jnp_add_rmsnorm, recompute=True)
+    return norm_program("xla", inputs, plain.rmsnorm, plain.add_rmsnorm, recompute=True)
 
 
 def xla_saved_program(inputs: Inputs) -> Program:
@@ -178,12 +167,8 @@ def tokamax_program(implementation: str, inputs: Inputs) -> Program:
 
 
 def copy_program(cell: Cell) -> Program:
-    """An elementwise kernel of XLA's that reads and writes half of the cell's bytes each (a plain copy would become a memcpy)."""
-    words = max(cell.bytes // 8, 1)
-    count, _ = rotation(cell.input_bytes)
-    fill = jax.jit(lambda i: lax.iota(jnp.int32, words) * 747796405 + i)
-    buffers = [(fill(jnp.int32(i)),) for i in range(count)]
-    return _program("copy-xla", jax.jit(lambda a: -a), buffers)
+    """The copy of the cell's bytes, as many buffers of it as there are input sets."""
+    return programs.copy(cell.bytes, rotation(cell.input_bytes)[0], "copy-xla")
 
 
 def outputs_of(program: Program, index: int, cell: Cell) -> list[jax.Array]:

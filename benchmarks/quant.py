@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxnorm as jn
+from jaxnorm._bench import plain as plain_ops
+from jaxnorm._bench.programs import copy
 
 from . import op_sweep, store, timing
 from .cells import EPS, parse_shape
@@ -33,18 +35,6 @@ SPECS = {
 }
 CELLS = "8192x4096,16x4096,131072x1024,8192x8192,16x8192,1x4096,1024x8192"
 OPS = ("add_rmsnorm_quant", "rmsnorm_quant")
-
-
-def xla_quantise(y: jax.Array, spec: jn.QuantSpec) -> tuple[jax.Array, jax.Array] | None:
-    """float32 y -> codes and scales as one writes it in jax.numpy; None where that is not the usual thing to write."""
-    if spec.scale_dtype != "float32":
-        return None
-    top = 127.0 if spec.dtype == "int8" else float(jnp.finfo(spec.dtype).max)
-    grouped = y.reshape(*y.shape[:-1], -1, spec.group_size or y.shape[-1])
-    scale = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True) / top
-    v = jnp.clip(grouped / scale, -top, top)
-    codes = (jnp.round(v) if spec.dtype == "int8" else v).astype(spec.dtype)
-    return codes.reshape(y.shape), scale[..., 0]
 
 
 def _bytes(op: str, spec: jn.QuantSpec, m: int, n: int) -> tuple[int, int]:
@@ -92,20 +82,12 @@ def programs(op: str, spec: jn.QuantSpec, sets: list[tuple[Any, ...]]) -> list[t
     def plain(*a: Any) -> Any:
         s = a[0].astype(jnp.float32) + (a[1].astype(jnp.float32) if add else 0.0)
         y = s * jax.lax.rsqrt(jnp.mean(s * s, -1, keepdims=True) + EPS) * a[-1].astype(jnp.float32)
-        return xla_quantise(y, spec), s.astype(a[1].dtype) if add else None
+        return plain_ops.quantize(y, spec), s.astype(a[1].dtype) if add else None
 
     found = [(f"jaxnorm-{b}", jax.jit(functools.partial(ours, b))) for b in ("hip", "triton")]
     if spec.scale_dtype == "float32":
         found.append(("xla", jax.jit(plain)))
     return [timing.Program(name, [functools.partial(f, *s) for s in sets], jax.block_until_ready) for name, f in found]
-
-
-def copy(nbytes: int, sets: int) -> timing.Program:
-    """The copy of ``jax_programs.copy_program``: 4-byte words, which XLA moves faster than 2-byte ones."""
-    fill = jax.jit(lambda i: jax.lax.iota(jnp.int32, max(nbytes // 8, 1)) * 747796405 + i)
-    arrays = [fill(jnp.int32(i)) for i in range(sets)]
-    f = jax.jit(lambda a: -a)
-    return timing.Program("copy", [functools.partial(f, a) for a in arrays], jax.block_until_ready)
 
 
 def measure(timer: timing.Timer, op: str, name: str, m: int, n: int) -> dict[str, Any]:
@@ -122,7 +104,7 @@ def measure(timer: timing.Timer, op: str, name: str, m: int, n: int) -> dict[str
             errors[p.name] = f"{type(e).__name__}: {e}"[:400]
             runs.remove(p)
     timed = timing.measure(
-        timer, [copy(nbytes, count), *runs], nbytes, reads, lambda who, e: errors.update({who: str(e)[:400]})
+        timer, [copy(nbytes, count, "copy"), *runs], nbytes, reads, lambda who, e: errors.update({who: str(e)[:400]})
     )
     return {"op": op, "spec": name, "rows": m, "features": n, "bytes": nbytes, "times": timed, "errors": errors}
 

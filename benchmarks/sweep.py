@@ -21,9 +21,10 @@ import sys
 import time
 from typing import Any
 
+from jaxnorm._bench.store import write_json
+
 from . import cells, run, store, timing
 from .cells import EPS, Cell
-from .store import write_json
 
 FORMAT = "jaxnorm-sweep/1"
 STAGES = {

@@ -9,9 +9,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from jaxnorm._bench.timing import Program, rotation
+
 from .cells import EPS, Cell
 from .inputs import Inputs
-from .timing import Program, rotation
 
 LIBRARIES = ("quack", "liger", "torch-compile", "torch-eager")
 

@@ -118,6 +118,7 @@ LAYERS = (
     "__init__",
     "distributed._api",
     "distributed",
+    "_bench",
     "doctor",
     "_cli",
     "cli",

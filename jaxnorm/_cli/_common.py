@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from typing import Any, NoReturn
@@ -85,6 +86,26 @@ def array_type(text: str) -> Any:
     except TypeError:
         wrong("--arg", f"dtype {match['dtype']!r}", f"one of {', '.join(DTYPES)}, ... as jax.numpy names it")
     return jax.ShapeDtypeStruct(tuple(int(d) for d in match["shape"].replace(" ", "").split(",") if d), dtype)
+
+
+def platform_of(target: str) -> str:
+    return "rocm" if target.startswith("gfx") else "cuda"
+
+
+@contextlib.contextmanager
+def as_for(target: str | None) -> Any:
+    """Inside ``use_target`` of that target, or unchanged."""
+    import jaxnorm
+
+    if target is None:
+        yield
+        return
+    try:
+        context = jaxnorm.use_target({platform_of(target): target})
+    except ValueError as error:
+        raise CommandError(f"--target: {error}", 2) from None
+    with context:
+        yield
 
 
 def console(stderr: bool = False) -> Console:

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from .._compile import cache as store
-from ._common import CommandError, console, new_app, size, wrong
+from ._common import CommandError, as_for, console, names, new_app, platform_of, progress, require_writable, size, wrong
 
 UNFINISHED_SECONDS = 3600
 """A half-written file older than this was left by a process that is gone."""
@@ -96,3 +96,96 @@ def clear(
     console().print(f"deleted {len(chosen) - len(failed)} of {len(entries)} files, {total}, in {store.directory()}")
     if failed:
         raise CommandError(f"{len(failed)} files could not be deleted, the first: {failed[0]}")
+
+
+@app.command()
+def prewarm(
+    ops: Annotated[str, typer.Option(help="Comma list, or `all`; `jaxnorm bench --list` shows them.")] = "all",
+    shapes: Annotated[
+        str, typer.Option(help="Comma list such as 8192x4096,16x4096, as for bench; default: usual ones of each op.")
+    ] = "",
+    dtypes: Annotated[str, typer.Option(help="Comma list of bfloat16, float16, float32.")] = "bfloat16",
+    specs: Annotated[str, typer.Option(help="Formats of codes for the ops that quantise, as for bench.")] = "fp8",
+    backends: Annotated[
+        str, typer.Option(help="Comma list of triton, hip, auto (what a call without backend= gets).")
+    ] = "auto",
+    target: Annotated[
+        str | None, typer.Option(help="GPU to compile for: gfx942, sm_90, ...; default: this machine's.")
+    ] = None,
+) -> None:
+    """Compile the kernels of these ops now, so that no first call has to.
+
+    Works on a machine without a GPU, too, for a folder that is carried to one: set JAXNORM_CACHE_DIR. A kernel is found again by
+    programs of the same jaxnorm and the same compiler version.
+    """
+    require_writable(store.directory(), "JAXNORM_CACHE_DIR")
+    from .._bench import ops as known
+    from .._compile import target as targets
+
+    platform = platform_of(target) if target else targets.default_platform()
+    if platform not in targets.DEFAULT:
+        raise CommandError(
+            f"this machine's default device is a {platform}: name the GPU to compile for with --target.", 2
+        )
+    chosen = list(known.OPS) if ops == "all" else names("--ops", ops, known.OPS)
+    formats = names("--specs", specs, known.SPECS)
+    wanted = names("--backends", backends, ("triton", "hip", "auto"))
+    try:
+        cases = known.select(
+            chosen, [s for s in shapes.split(",") if s], names("--dtypes", dtypes, known.DTYPES), formats, False
+        )
+    except ValueError as error:
+        raise CommandError(f"--{error}.", 2) from None
+    before = {e.path for e in store.entries()}
+    served, refused = _compile_all(cases, wanted, platform, target)
+    new = [e for e in store.entries() if e.path not in before]
+    out = console()
+    out.print(
+        f"{served} of {served + len(refused)} programs compiled for {platform}; {len(new)} new kernels, "
+        f"{size(sum(e.bytes for e in new))}, in {store.directory()}"
+    )
+    for why, count in refused.items():
+        out.print(f"not compiled ({count}): {why}", soft_wrap=True)
+    if store.problem():
+        raise CommandError(store.problem())
+    if not served:
+        raise CommandError("no kernel was compiled")
+
+
+def _compile_all(cases: list[Any], wanted: list[str], platform: str, target: str | None) -> tuple[int, dict[str, int]]:
+    """Lowers every case for the platform, which compiles its kernels; (number served, reason -> how many were not)."""
+    from .. import _explain
+    from ..errors import UnsupportedError
+
+    served, refused = 0, dict[str, int]()
+    with progress() as bar, as_for(target):
+        task = bar.add_task("compile", total=len(cases) * len(wanted))
+        for case in cases:
+            for backend in wanted:
+                bar.update(task, description=f"{case.key:<40} {backend}")
+                with _explain.recording() as choices:
+                    try:
+                        _lower(case, None if backend == "auto" else backend, platform)
+                        reasons = [f"{n}: {why}" for c in choices if c.backend == "xla" for n, why in c.rejected]
+                    except UnsupportedError as error:
+                        reasons = [f"{backend}: {error.reason} {error.remedy}"]
+                served += not reasons
+                for reason in reasons[:1]:
+                    refused[reason] = refused.get(reason, 0) + 1
+                bar.advance(task)
+    return served, refused
+
+
+def _lower(case: Any, backend: str | None, platform: str) -> None:
+    import jax
+
+    from .._bench.ops import OPS, input_types
+
+    op, spec = OPS[case.op], case.quant_spec()
+    f = op.ours(backend, spec)
+
+    def gradients(*a: Any) -> Any:
+        out, vjp = jax.vjp(f, *a)
+        return vjp(out)
+
+    jax.jit(gradients if op.gradients else f).trace(*input_types(case)).lower(lowering_platforms=(platform,))

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 
 from . import hlo
-from ._common import CommandError, array_type, console, new_app, ops, wrong
+from ._common import CommandError, array_type, as_for, console, new_app, ops, wrong
 
 app = new_app()
 
@@ -101,26 +101,6 @@ def _first_on_path(folder: str) -> Any:
         yield
     finally:
         sys.path.remove(folder)
-
-
-def platform_of(target: str) -> str:
-    return "rocm" if target.startswith("gfx") else "cuda"
-
-
-@contextlib.contextmanager
-def as_for(target: str | None) -> Any:
-    """Inside ``use_target`` of that target, or unchanged."""
-    import jaxnorm
-
-    if target is None:
-        yield
-        return
-    try:
-        context = jaxnorm.use_target({platform_of(target): target})
-    except ValueError as error:
-        raise CommandError(f"--target: {error}", 2) from None
-    with context:
-        yield
 
 
 def _of_function(path: str, name: str, types: list[str], target: str | None) -> list[Any]:

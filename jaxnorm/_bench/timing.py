@@ -65,7 +65,7 @@ def cupti_recorder() -> KernelRecorder:
         mosaic_gpu as lib,  # what jax.experimental.mosaic.gpu.profiler uses; it has no public way to bring a loop
     )
 
-    ext = lib._mosaic_gpu_ext
+    ext = lib._mosaic_gpu_ext  # pyright: ignore[reportPrivateImportUsage]
 
     def record(run: Callable[[], None]) -> Records:
         ext._cupti_init()

@@ -13,8 +13,12 @@ import subprocess
 import tempfile
 from typing import Any
 
+from .. import _paths
+
 FORMAT = "jaxnorm-bench/1"
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+ROOT = PACKAGE.parent
+"""What has to be on the path to import this jaxnorm: the checkout, or site-packages."""
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "jax-rocm7-plugin", "triton", "torch", "quack-kernels",
     "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13", "liger-kernel", "tokamax", "jax-triton", "nvidia-cuda-nvrtc",
@@ -108,10 +112,10 @@ def clocks() -> dict[str, str]:
 def source_digest() -> str:
     """Digest of the library's and the kernels' sources: says what was measured where there is no git."""
     digest = hashlib.sha256()
-    for folder in ("jaxnorm", "kernels", "csrc"):
-        for path in sorted((ROOT / folder).rglob("*")):
+    for folder in (PACKAGE, _paths.kernels_dir(), _paths.csrc_dir()):
+        for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".h", ".hip", ".cc") and path.is_file():
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+                digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -121,10 +125,16 @@ def commit() -> str:
     if named:
         return named
     try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        # An installed package may lie inside the git repository of somebody else's program.
+        _git("ls-files", "--error-unmatch", "_version.py")
+        return _git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(PACKAGE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
 
 def environment() -> dict[str, Any]:
