@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._api.groupnorm import groupnorm
     from ._api.qk import qk_norm_rope, qk_norm_rope_two_stream
     from ._api.quant import add_rmsnorm_quant, quantize, rmsnorm_quant
     from ._api.rmsnorm import add_rmsnorm, rmsnorm
@@ -34,6 +35,7 @@ __all__ = [
     "backends",
     "explain",
     "export_checks",
+    "groupnorm",
     "mrope",
     "qk_norm_rope",
     "qk_norm_rope_two_stream",
@@ -61,6 +63,7 @@ _HOME = {
     "mrope": "_api.rope",
     "qk_norm_rope": "_api.qk",
     "qk_norm_rope_two_stream": "_api.qk",
+    "groupnorm": "_api.groupnorm",
     "quantize": "_api.quant",
     "rmsnorm": "_api.rmsnorm",
     "rmsnorm_quant": "_api.quant",

@@ -50,8 +50,11 @@ class Layout:
 
     def mean(self, *values: jax.Array, axes: Axes = ()) -> list[jax.Array]:
         """Means over each group, in shapes that broadcast over :meth:`split`; all in one sum over ``axes``."""
-        flat = jnp.stack([v.reshape(*v.shape[:-2], -1) for v in values])
-        means = row_sum(flat, axes)[..., None] / float(self.count)
+        flat = jnp.stack([v.reshape(*v.shape[:-2], math.prod(v.shape[-2:])) for v in values])
+        total = row_sum(flat, axes)[..., None]
+        # A division that stays one. As a product with 1 / N, m0 would be multiplied and subtracted with one rounding in one place
+        # and with two in another, and e would belong to neither.
+        means = jax.lax.div(total, jax.lax.optimization_barrier(jnp.full_like(total, float(self.count))))
         return [means[i] for i in range(len(values))]
 
     def of_channels(self, per_group: jax.Array) -> jax.Array:
