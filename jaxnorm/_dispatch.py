@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _compat, _launch, _native
+from ._compile import cache
 from ._compile import target as _target
 from ._stage import StageCall
 from ._tune import table
@@ -149,7 +150,7 @@ class _NoKernelError(UnsupportedError):
 def _serve(call: StageCall, p: Problem, platform: str, backend: str) -> tuple[tuple[Launch, ...], str]:
     """(plan, road) of a kernel backend, or UnsupportedError with the reason."""
     usable, reason, remedy = compiler(backend, p.target)
-    if not usable:
+    if not usable and not cache.has_shipped():
         raise UnsupportedError(call.op, p.target, f"backend={backend!r} is not usable: {reason}", remedy)
     road, why = _launch.road(backend, platform)
     if road is None:
@@ -162,9 +163,13 @@ def _serve(call: StageCall, p: Problem, platform: str, backend: str) -> tuple[tu
             raise Unsupported(
                 f"the number of rows is symbolic ({p.rows}), and a kernel is launched for a known number."
             )
-        return importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan(p), road
+        plan = importlib.import_module(f"jaxnorm.kernels.configs.{module}").plan(p)
     except Unsupported as e:
         raise _NoKernelError(call.op, p.target, str(e), "Leave backend=None to fall back to another backend.") from None
+    if not usable and not _launch.shipped(plan, p, backend):
+        reason = f"{reason} {cache.directory()} holds precompiled kernels, but not those of this call."
+        raise UnsupportedError(call.op, p.target, f"backend={backend!r} is not usable: {reason}", remedy)
+    return plan, road
 
 
 def compiler(backend: str, target: str) -> tuple[bool, str, str]:
@@ -212,11 +217,12 @@ def _info(backend: str, platform: str) -> BackendInfo:
     try:
         t = _target.resolve(platform, _target.named())
         usable, reason, remedy = compiler(backend, t)
-        if not usable:
+        if not usable and not cache.has_shipped():
             return BackendInfo(False, reason, remedy)
         road, why = _launch.road(backend, platform)
     except (UnsupportedError, ValueError) as e:
         return BackendInfo(False, str(e), "")
     if road is None:
         return BackendInfo(False, why, "Reinstall jaxnorm with a C++ compiler present.")
-    return BackendInfo(True, f"{t} through {road}" + (f" ({why})" if why else ""))
+    by = "" if usable else f", precompiled calls of {cache.directory()} only: {reason}"
+    return BackendInfo(True, f"{t} through {road}" + (f" ({why})" if why else "") + by)

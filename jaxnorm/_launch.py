@@ -199,13 +199,31 @@ def _layout(launch: Launch, p: Problem, buffers: dict[str, jax.Array]) -> tuple[
     return "".join(chars), scalars
 
 
-def compile_launch(launch: Launch, p: Problem, backend: str) -> Any:
-    """The code object of one launch."""
+def _compiler(backend: str) -> Any:
     if backend == "triton":
         from ._compile import triton as compiler
     else:
         from ._compile import hip as compiler
-    return compiler.compile(launch, p)
+    return compiler
+
+
+def compile_launch(launch: Launch, p: Problem, backend: str) -> Any:
+    """The code object of one launch."""
+    return _compiler(backend).compile(launch, p)
+
+
+def portable_key(launch: Launch, p: Problem, backend: str) -> list[str]:
+    """What a shipped code object of one launch is found by."""
+    return _compiler(backend).portable_key(launch, p)
+
+
+def shipped(plan: tuple[Launch, ...], p: Problem, backend: str) -> bool:
+    """Whether the directory of code objects was shipped with all that a plan needs, so that no compiler is."""
+    from ._compile import cache
+
+    return cache.has_shipped() and all(
+        cache.shipped(portable_key(launch, p, backend)) is not None for launch in plan
+    )
 
 
 def _by_launcher(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any) -> Any:

@@ -4,6 +4,9 @@ An entry is one file: a JSON header line, then the image and the assembly text. 
 so that a reader sees a whole entry or none; whatever does not verify on reading is a miss and is compiled again. Nothing that
 goes wrong with the directory (read-only, full, foreign, gone) breaks a call: the memory cache goes on, and :func:`problem` says
 what happened for ``doctor``. Machine code is loaded only from a directory that belongs to this user and that others cannot write.
+
+The directory may also hold *shipped* entries, made elsewhere by ``python -m jaxnorm aot``. Their key has everything but the
+compiler, so that a machine without one finds them; they are read after the exact key and before compiling.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .code_object import CodeObject
 
-FORMAT = "jaxnorm-code/2"
+FORMAT = "jaxnorm-code/3"
+SHIPPED = "shipped"
+"""Folder of the entries that need no compiler to be found."""
 _lock = threading.Lock()
 _memory: dict[str, CodeObject] = {}
 _building: dict[str, threading.Lock] = {}
@@ -53,11 +58,14 @@ def digest(parts: Sequence[bytes | str]) -> str:
     return h.hexdigest()
 
 
-def get_or_compile(key_parts: Sequence[bytes | str], build: Callable[[], CodeObject]) -> CodeObject:
+def get_or_compile(
+    key_parts: Sequence[bytes | str], build: Callable[[], CodeObject], portable: Sequence[bytes | str] = ()
+) -> CodeObject:
     """The code object of ``key_parts``, from memory, from disk, or from ``build()``.
 
     ``key_parts`` must hold all that matters: sources with everything they include, constants, options, target, compiler and its
-    version. Threads that ask for the same key compile it once.
+    version. ``portable`` is the same without the compiler, the key of a shipped entry. Threads that ask for the same key compile
+    it once.
     """
     key = digest([FORMAT, *key_parts])
     if (hit := _memory.get(key)) is not None:
@@ -67,15 +75,51 @@ def get_or_compile(key_parts: Sequence[bytes | str], build: Callable[[], CodeObj
     with mine:
         if (hit := _memory.get(key)) is not None:
             return hit
-        code = _read(key)
+        code = _read(_path(key), key)
+        if code is None and portable:
+            code = shipped(portable)
         if code is None:
-            built = build()
-            code = CodeObject(**{**built.__dict__, "source_key": key})
-            _write(key, code)
+            code = replace(build(), source_key=key)
+            _write(directory(), _path(key), code)
         _memory[key] = code
     with _lock:
         _building.pop(key, None)
     return code
+
+
+def shipped_key(portable: Sequence[bytes | str]) -> str:
+    """Name of a shipped entry."""
+    return digest([FORMAT, SHIPPED, *portable])
+
+
+def shipped(portable: Sequence[bytes | str]) -> CodeObject | None:
+    """The entry that ``aot`` put into the directory for these sources, options and target; None if there is none."""
+    key = shipped_key(portable)
+    if (hit := _memory.get(key)) is None and (hit := _read(shipped_path(directory(), key), key)) is not None:
+        _memory[key] = hit
+    return hit
+
+
+def has_shipped() -> bool:
+    """Whether the directory was made by ``aot``; says nothing about what is in it."""
+    return (directory() / SHIPPED).is_dir()
+
+
+def shipped_path(folder: Path, key: str) -> Path:
+    """File of a shipped entry in a directory."""
+    return folder / SHIPPED / key[:2] / f"{key}.code"
+
+
+def ship(folder: Path, portable: Sequence[bytes | str], code: CodeObject) -> Path:
+    """Writes a shipped entry into ``folder``, without assembly text; its file.
+
+    Raises:
+      OSError: it cannot be written. Unlike a cache, a directory that is made to be shipped must be whole.
+    """
+    key = shipped_key(portable)
+    path = shipped_path(folder, key)
+    _put(path, replace(code, source_key=key, asm=""))
+    return path
 
 
 def clear_memory() -> None:
@@ -170,8 +214,7 @@ def trusted(folder: Path) -> bool:
     return True
 
 
-def _read(key: str) -> CodeObject | None:
-    path = _path(key)
+def _read(path: Path, key: str) -> CodeObject | None:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -179,15 +222,30 @@ def _read(key: str) -> CodeObject | None:
     except OSError as e:
         _note(f"cannot read {path}: {e}")
         return None
-    if not (trusted(directory()) and trusted(path.parent)):
+    root = directory()
+    if not all(trusted(folder) for folder in (root, *path.parents) if folder == root or root in folder.parents):
         return None
+    try:
+        return decode(data, key)
+    except ValueError as e:
+        _note(f"damaged cache entry {path} ({e}); it is compiled again")
+        return None
+
+
+def decode(data: bytes, key: str) -> CodeObject:
+    """An entry's bytes as a code object.
+
+    Raises:
+      ValueError: they are not what was written.
+    """
     try:
         head, rest = _header(data)
         image, asm = rest[: head["image_bytes"]], rest[head["image_bytes"] :]
-        return CodeObject(image, head["name"], head["target"], head["threads"], head["shared"], key, asm.decode())
+        return CodeObject(
+            image, head["name"], head["target"], head["threads"], head["shared"], key, asm.decode(), head["compiler"]
+        )
     except _BROKEN as e:
-        _note(f"damaged cache entry {path} ({e}); it is compiled again")
-        return None
+        raise ValueError(str(e) or type(e).__name__) from None
 
 
 def _checksum(head: dict[str, object], rest: bytes) -> str:
@@ -195,8 +253,17 @@ def _checksum(head: dict[str, object], rest: bytes) -> str:
     return digest([json.dumps(head, sort_keys=True), rest])
 
 
-def _write(key: str, code: CodeObject) -> None:
-    path = _path(key)
+def _write(root: Path, path: Path, code: CodeObject) -> None:
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if trusted(root):
+            _put(path, code)
+    except OSError as e:
+        _note(f"cannot write to {root}: {e}; kernels are compiled anew in each process")
+
+
+def _put(path: Path, code: CodeObject) -> None:
     rest = code.image + code.asm.encode()
     head: dict[str, object] = {
         "format": FORMAT,
@@ -204,22 +271,17 @@ def _write(key: str, code: CodeObject) -> None:
         "target": code.target,
         "threads": code.threads,
         "shared": code.shared,
+        "compiler": code.compiler,
         "image_bytes": len(code.image),
     }
     head["sha256"] = _checksum(head, rest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
-        directory().mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not trusted(directory()):
-            return
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        try:
-            with os.fdopen(handle, "wb") as f:
-                f.write(json.dumps(head).encode() + b"\n" + rest)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as e:
-        _note(f"cannot write to {directory()}: {e}; kernels are compiled anew in each process")
+        with os.fdopen(handle, "wb") as f:
+            f.write(json.dumps(head).encode() + b"\n" + rest)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

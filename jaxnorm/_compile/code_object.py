@@ -23,6 +23,9 @@ class CodeObject:
     asm: str = ""
     """Assembly text: PTX or AMD GCN. Kept for the jaxlib-ptx road and for tests; may be empty."""
 
+    compiler: str = ""
+    """Name and version of the compiler, without paths; for reports."""
+
     @property
     def is_hip(self) -> bool:
         return self.target.startswith("gfx")

@@ -21,7 +21,7 @@ from .._paths import csrc_dir
 from ..errors import CompileError
 from ..kernels.configs import Launch, Problem, wave_size
 from . import rtc
-from .cache import get_or_compile
+from .cache import get_or_compile, shipped
 from .code_object import CodeObject
 
 CLANG_VARIABLE = "JAXNORM_HIP_CLANG"
@@ -84,15 +84,34 @@ def compile(launch: Launch, problem: Problem) -> CodeObject:
     Raises:
       CompileError: no compiler is there, or it refused; the text has the kernel, the options and the compiler's log.
     """
-    compiler = find(problem.target)
+    compiler, portable = find(problem.target), portable_key(launch, problem)
     if compiler is None:
+        if (code := shipped(portable)) is not None:
+            return code
         _, reason, remedy = available(problem.target)
         raise CompileError(f"{launch.kernel}: {reason} {remedy}")
-    file, entry = launch.kernel.split(":")
-    options = macros(launch, problem.target)
-    key = ["hip", compiler.kind, rtc.identity(compiler.path), problem.target, launch.kernel, *options,
-           *_target_options(compiler, problem.target), str(launch.threads), str(launch.shared), *_sources(file)]  # fmt: skip
-    return get_or_compile(key, lambda: _build(compiler, launch, problem.target, entry, options))
+    entry, options = launch.kernel.split(":")[1], macros(launch, problem.target)
+    key = [compiler.kind, rtc.identity(compiler.path), *_target_options(compiler, problem.target), *portable]
+    return get_or_compile(key, lambda: _build(compiler, launch, problem.target, entry, options), portable)
+
+
+def portable_key(launch: Launch, problem: Problem) -> list[str]:
+    """All that decides the machine code but the compiler: what a shipped code object is found by."""
+    file = launch.kernel.split(":")[0]
+    return ["hip", problem.target, launch.kernel, *macros(launch, problem.target), str(launch.threads), str(launch.shared),
+            *_sources(file)]  # fmt: skip
+
+
+@functools.cache
+def describe(compiler: Compiler) -> str:
+    """Name and version without paths: ``NVRTC 13.0``, ``clang version 22.1.8``."""
+    if compiler.kind == "nvrtc":
+        return f"NVRTC {rtc.load('nvrtc', compiler.path).version()}"
+    if compiler.kind == "hiprtc":  # its version call gives fixed numbers; the file's name has those of ROCm
+        return f"hipRTC {os.path.basename(compiler.path)}"
+    done = subprocess.run([compiler.path, "--version"], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if "version" in line.lower()] or [compiler.kind]
+    return f"{compiler.kind}: {re.sub(r' [(]?https?://.*', '', lines[-1]).strip()}"
 
 
 def macros(launch: Launch, target: str) -> list[str]:
@@ -155,7 +174,7 @@ def _build(compiler: Compiler, launch: Launch, target: str, entry: str, options:
         raise CompileError(
             f"{launch.kernel}: {compiler.kind} gave {len(image)} bytes that are no ELF file for {target}."
         )
-    return CodeObject(image, entry, target, launch.threads, launch.shared, source_key="")
+    return CodeObject(image, entry, target, launch.threads, launch.shared, "", compiler=describe(compiler))
 
 
 def _run_clang(

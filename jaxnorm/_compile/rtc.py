@@ -103,6 +103,12 @@ class Rtc:
         self._check(self._function(get)(program, buffer), get)
         return buffer.raw[: size.value]
 
+    def version(self) -> str:
+        """``13.0``, as the library says."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._check(self._function("Version")(ctypes.byref(major), ctypes.byref(minor)), "Version")
+        return f"{major.value}.{minor.value}"
+
     def compile(self, name: str, source: str, headers: Mapping[str, str], options: Sequence[str]) -> bytes:
         """Machine code of ``source``, whose includes are found in ``headers`` only.
 

@@ -70,18 +70,27 @@ def compile(launch: Launch, problem: Problem) -> CodeObject:
       ValueError: an option that the backend of this triton does not have.
       RuntimeError: triton is missing, or asks for memory that no launcher provides.
     """
-    types = signature(launch, problem)
-    options = {
+    types, options, portable = signature(launch, problem), _options(launch), portable_key(launch, problem)
+    return get_or_compile(
+        ["no line info", version(), *portable], lambda: _build(launch, problem.target, types, options), portable
+    )
+
+
+def portable_key(launch: Launch, problem: Problem) -> list[str]:
+    """All that decides the machine code but the version of triton: what a shipped code object is found by."""
+    return [
+        "triton", problem.target, launch.kernel, *signature(launch, problem), str(POINTER_ALIGNMENT), sources_digest(),
+        *(_exact(k, v) for k, v in launch.constants), "options", *(_exact(k, v) for k, v in sorted(_options(launch).items())),
+    ]  # fmt: skip
+
+
+def _options(launch: Launch) -> dict[str, object]:
+    return {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
         "enable_fp_fusion": True,  # said aloud: its default differs between versions
         **dict(launch.options),
     }
-    key = [
-        "triton", "no line info", version(), problem.target, launch.kernel, *types, str(POINTER_ALIGNMENT), sources_digest(),
-        *(_exact(k, v) for k, v in launch.constants), "options", *(_exact(k, v) for k, v in sorted(options.items())),
-    ]  # fmt: skip
-    return get_or_compile(key, lambda: _build(launch, problem.target, types, options))
 
 
 def _exact(name: str, value: object) -> str:
@@ -176,4 +185,5 @@ def _build(launch: Launch, target: str, types: tuple[str, ...], options: dict[st
         shared=meta.shared,
         source_key="",
         asm=kernel.asm["amdgcn" if hip else "ptx"],
+        compiler=f"triton {version()}",
     )
