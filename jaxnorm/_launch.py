@@ -221,9 +221,7 @@ def shipped(plan: tuple[Launch, ...], p: Problem, backend: str) -> bool:
     """Whether the directory of code objects was shipped with all that a plan needs, so that no compiler is."""
     from ._compile import cache
 
-    return cache.has_shipped() and all(
-        cache.shipped(portable_key(launch, p, backend)) is not None for launch in plan
-    )
+    return cache.has_shipped() and all(cache.shipped(portable_key(launch, p, backend)) is not None for launch in plan)
 
 
 def _by_launcher(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any) -> Any:

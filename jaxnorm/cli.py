@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": Command("_cli.bench", "time ops on this machine beside plain XLA and a copy of the same bytes"),
     "explain": Command("_cli.explain", "say which backend and kernel the jaxnorm ops of a program get, and why"),
     "cache": Command("_cli.cache", "show, clear or fill the folder of compiled kernels"),
+    "aot": Command("_cli.aot", "compile for GPUs that are not here; write and verify bundles of kernel cases"),
 }
 HELP = """\
 usage: jaxnorm [--version] [--help] COMMAND ...

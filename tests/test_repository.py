@@ -120,6 +120,7 @@ LAYERS = (
     "distributed",
     "_bench",
     "doctor",
+    "_aot",
     "_cli",
     "cli",
     "__main__",

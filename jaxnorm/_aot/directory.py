@@ -1,8 +1,8 @@
 """A directory of code objects for machines without a compiler: made, described by a manifest, verified.
 
-    DIR/manifest.json                    what was asked for, and per code object: hash, kernel, target, compiler
-    DIR/shipped/ab/<key>.code            what JAXNORM_CACHE_DIR=DIR serves (see _compile/cache.py)
-    DIR/cases/                           kernel cases, with --bundle
+DIR/manifest.json                    what was asked for, and per code object: hash, kernel, target, compiler
+DIR/shipped/ab/<key>.code            what JAXNORM_CACHE_DIR=DIR serves (see _compile/cache.py)
+DIR/cases/                           kernel cases, with --bundle
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def plan(calls: Sequence[Call], targets: Sequence[str], backend: str | None = No
                 work.stages.append((call, stage, list(seen[stage])))
         mine = [s for _, s, _ in work.stages if s.target == target]
         if mine and all(s.backend == "xla" for s in mine):
-            raise UnsupportedError("aot", target, f"nothing to compile for {target}: {mine[0].why}.", "Install a compiler.")
+            raise UnsupportedError(
+                "aot", target, f"nothing to compile for {target}: {mine[0].why}.", "Install a compiler."
+            )
     return work
 
 
@@ -74,8 +76,9 @@ def make(
     targets: Sequence[str],
     backend: str | None = None,
     report: Callable[[str], None] = lambda text: None,
+    step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, tuple[Instance, CodeObject]]:
-    """Compiles into ``out`` and writes its manifest; the code objects by key.
+    """Compiles into ``out`` and writes its manifest; the code objects by key. ``report`` gets remarks, ``step`` the progress.
 
     Raises:
       ValueError, UnsupportedError: as :func:`plan`.
@@ -89,10 +92,13 @@ def make(
     made: dict[str, tuple[Instance, CodeObject]] = {}
     objects = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = pool.map(lambda i: _launch.compile_launch(i.launch, i.problem, i.stage.backend), work.instances.values())
+        codes = pool.map(
+            lambda i: _launch.compile_launch(i.launch, i.problem, i.stage.backend), work.instances.values()
+        )
         for (key, instance), code in zip(work.instances.items(), codes, strict=True):
             path = cache.ship(out, instance.parts, code)
             made[key] = instance, code
+            step(len(made), len(work.instances))
             objects.append(_entry(out, path, instance, code))
     _write_manifest(out, calls, targets, backend, work, objects)
     return made
@@ -108,7 +114,7 @@ def _entry(out: Path, path: Path, instance: Instance, code: CodeObject) -> dict[
         "backend": instance.stage.backend,
         "stage": instance.stage.call.stage,
         "kernel": launch.kernel,
-        "constants": {k: v for k, v in launch.constants},
+        "constants": dict(launch.constants),
         "threads": code.threads,
         "shared": code.shared,
         "bytes": len(code.image),

@@ -7,13 +7,14 @@
     grad = false
 
 ``args`` are arrays, ``dtype[dims]`` (a list of them is a tuple; ``{KVCache = {...}}`` what ``KVCache.create`` gives for these
-arguments), ``options`` everything else by the names of the public function. ``...`` stands for leading dims. Their sizes never
-matter: code objects are made for every number of rows, unless ``rows`` names the only ones. ``grad`` adds the backward and what the
-forward saves for it, ``backend`` names one.
+arguments; one that is left out is None), ``options`` everything else by the names of the public function. ``...`` stands for
+leading dims. Their sizes never matter: code objects are made for every number of rows, unless ``rows`` names the only ones.
+``grad`` adds the backward and what the forward saves for it, ``backend`` names one.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import tomllib
@@ -59,6 +60,9 @@ class Call:
         """(function, abstract arguments) pairs to trace: the call, and with ``grad`` its gradients, with all cotangents and with
         that of the first result alone (the last block of a model has no other)."""
         public, arrays = operators()[self.op].function, {k: _argument(self.op, k, v) for k, v in self.args.items()}
+        parameters = inspect.signature(public).parameters.values()
+        absent = [p.name for p in parameters if p.default is p.empty and p.name not in (*arrays, *self.options)]
+        arrays |= dict.fromkeys(absent)  # TOML has no null
         options = {k: _option(self.op, k, v) for k, v in self.options.items()}
         if self.backend:
             options["backend"] = self.backend
@@ -68,7 +72,11 @@ class Call:
 
         if not self.grad:
             return [(call, (arrays,))]
-        real = {k: a for k, a in arrays.items() if isinstance(a, jax.ShapeDtypeStruct) and jnp.issubdtype(a.dtype, jnp.floating)}
+        real = {
+            k: a
+            for k, a in arrays.items()
+            if isinstance(a, jax.ShapeDtypeStruct) and jnp.issubdtype(a.dtype, jnp.floating)
+        }
         rest = {k: a for k, a in arrays.items() if k not in real}
 
         def pull(first_only: bool) -> Callable[..., Any]:

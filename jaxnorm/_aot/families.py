@@ -1,0 +1,302 @@
+"""What each kernel reads and must give: one small entry a kernel family, from which a kernel case of any of its launches is made.
+
+An entry fills the inputs of a launch with random data and says what its outputs must be, from the float64 oracle. A launch is taken
+as it is, with few rows: kernels take the number of rows (and of persistent programs) at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..kernels.configs import Launch, Problem
+from . import oracle
+from .oracle import Array, f64
+
+NAN_ROW, ZERO_ROW = 2, 1
+BITWISE = {"mode": "bitwise"}
+CODES = {"mode": "codes", "max_diff": 1, "max_fraction": 0.001}
+
+
+@dataclass
+class Output:
+    """What a launch must write."""
+
+    values: Array
+    compare: dict[str, Any] | None = None
+    """None: the default of the format for the dtype."""
+    ignore: Array | None = None
+    written: Array | None = None
+
+
+@dataclass
+class Case:
+    """One launch with data. ``launch`` and ``problem`` are for few rows."""
+
+    problem: Problem
+    launch: Launch
+    g: np.random.Generator
+    inputs: dict[str, Array] = field(default_factory=dict)
+    outputs: dict[str, Output] = field(default_factory=dict)
+    scalars: dict[str, int | float] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    """For the case's ``params``."""
+
+    def option(self, name: str, default: Any = None) -> Any:
+        return dict(self.problem.options).get(name, default)
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        return dict(self.launch.constants).get(name, default)
+
+    def reads(self, name: str) -> bool:
+        return name in self.launch.inputs and self.problem.has(name)
+
+    def writes(self, name: str) -> bool:
+        return name in self.launch.outputs and (self.problem.has(name) or name in self.temps)
+
+    @property
+    def temps(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (shape, kind) for name, shape, kind in self.launch.temps}
+
+    def normal(self, name: str, std: float = 1.7, mean: float = 0.0) -> Array:
+        """Random rows as an input; its values in float64."""
+        shape, kind = self.problem.shape(name), self.problem.dtype(name)
+        return self.given(name, self.g.standard_normal(shape) * std + mean, kind)
+
+    def vector(self, name: str, low: float = 0.5, high: float = 1.5) -> Array | None:
+        """Random factors of both signs as an input, where the problem has it."""
+        if not self.reads(name):
+            return None
+        shape = self.problem.shape(name)
+        values = self.g.uniform(low, high, shape) * np.where(self.g.random(shape) < 0.25, -1.0, 1.0)
+        return self.given(name, values, self.problem.dtype(name))
+
+    def given(self, name: str, values: Array, kind: str = "float32") -> Array:
+        """These values as an input, rounded to its dtype."""
+        self.inputs[name] = oracle.rounded(values, kind)
+        return f64(self.inputs[name])
+
+    def expect(self, name: str, values: Array, **how: Any) -> None:
+        """Float64 values of an output, rounded here once, where the launch writes it."""
+        if self.writes(name):
+            kind = self.temps[name][1] if name in self.temps else self.problem.dtype(name)
+            self.outputs[name] = Output(oracle.rounded(values, kind), **how)
+
+    def shares(self, rows: Array, programs: int, unit: int) -> Array:
+        """``[programs, N]`` sums over the rows of each persistent program: units of rows p, p + programs, ..."""
+        owner = np.arange(len(rows)) // unit % programs
+        return np.stack([rows[owner == p].sum(0) for p in range(programs)])
+
+
+Fill = Callable[[Case], None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How the launches of a kernel are made small, and what they compute."""
+
+    fill: Fill
+    block_rows: Callable[[dict[str, Any]], int] = lambda constants: 1
+    """Rows of a block (program), from the constants."""
+    programs: int | None = None
+    """The grid dim over persistent programs; None: the grid covers the rows. -1: it does neither."""
+
+
+# RMSNorm and LayerNorm, forward
+
+
+def _normalise(c: Case, special: bool) -> tuple[Array, Array | None, Array, Array]:
+    """(y in float64, what the norm read in float32 form, mean, rstd); fills the inputs and expects what belongs to the norm."""
+    p, centred = c.problem, c.problem.stage.startswith("layernorm")
+    rows = p.rows
+    data = c.g.standard_normal(p.shape("x")) * 1.7
+    if special and rows > NAN_ROW:
+        data[ZERO_ROW] = 0.0
+        data[NAN_ROW, p.features // 2] = np.nan
+    c.given("x", data, p.dtype("x"))
+    bias_in = c.vector("x_bias")
+    weight, bias = c.vector("weight"), c.vector("bias")
+    x = c.inputs["x"]
+    if c.reads("residual"):
+        residual = c.g.standard_normal(p.shape("residual")) * 2.5
+        if special and rows > NAN_ROW:
+            residual[ZERO_ROW] = 0.0
+        c.given("residual", residual, p.dtype("residual"))
+        s = oracle.residual_sum(x, c.inputs["residual"], c.inputs.get("x_bias"))
+        saved = oracle.rounded(f64(s), p.dtype("residual"))
+        n = f64(s) if c.option("residual_rounding", "float32") == "float32" else f64(saved)
+        exact = (
+            {"mode": "ulp", "max": 0} if p.dtype("residual") != "float32" else {"mode": "close", "rtol": 0, "atol": 0}
+        )
+        c.expect("residual_out", f64(saved), compare=exact)
+    else:
+        n = f64(x) if bias_in is None else f64(x.astype(np.float32) + c.inputs["x_bias"].astype(np.float32))
+    mean, rstd = oracle.statistics(n, c.option("eps"), centred)
+    before = c.option("cast", "output") == "before_weight"
+    with np.errstate(all="ignore"):
+        normalised = (n - mean) * rstd
+    y = oracle.affine(normalised, weight, bias, c.option("weight_offset", 0.0), p.dtype("x") if before else None)
+    c.expect("mean", mean.reshape(rows), compare={"mode": "close", "rtol": 1e-6, "atol": 1e-6})
+    c.expect("rstd", rstd.reshape(rows), compare={"mode": "close", "rtol": 2e-6, "atol": 0})
+    c.params |= {
+        "eps": c.option("eps"),
+        "weight_offset": c.option("weight_offset", 0.0),
+        "cast": c.option("cast", "output"),
+    }
+    if c.reads("residual"):
+        c.params["residual_rounding"] = c.option("residual_rounding", "float32")
+    if c.writes("y"):
+        # The inner rounding may go the other way by one of its units; the outer one adds another.
+        how = {"mode": "ulp", "max": 2} if before and p.dtype("y") != "float32" else None
+        if before and p.dtype("y") == "float32":
+            how = {"mode": "close", "rtol": 2.0**-7, "atol": 1e-6}
+        c.expect("y", _wide(y, p.shape("y")[-1]), compare=how)
+    return y, n, mean, rstd
+
+
+def _wide(a: Array, width: int) -> Array:
+    return np.pad(a, ((0, 0), (0, width - a.shape[-1])))
+
+
+def norm_forward(c: Case) -> None:
+    """y = cast(n * rstd * (weight + offset)) and what is saved for the backward."""
+    _normalise(c, special=False)
+
+
+def quantise(c: Case) -> None:
+    """Codes and scales of the norm's y, or of x itself, with a row of zeros and one with a NaN."""
+    p, spec = c.problem, c.option("spec")
+    packed = spec.dtype == "fp4"
+    if p.stage == "quantize_fwd":
+        data = c.g.standard_normal(p.shape("x")) * 1.7
+        if p.rows > NAN_ROW:
+            data[ZERO_ROW] = 0.0
+            data[NAN_ROW, p.features // 2] = np.nan
+        z = c.given("x", data, p.dtype("x"))
+    else:
+        z = _normalise(c, special=True)[0]
+    smooth = c.vector("smooth_scale", 0.25, 2.0)
+    with np.errstate(all="ignore"):
+        z = z if smooth is None else z * smooth
+    z = _wide(z, p.shape("values")[-1] * (2 if packed else 1))
+    static = None
+    if c.reads("static_scale"):
+        static = float(np.float32(4.5 / oracle.TOP[spec.dtype]))
+        c.given("static_scale", np.full(p.shape("static_scale"), static))
+    q = oracle.quantise(z, spec, static)
+    if q.boundary:
+        raise Retry
+    values = oracle.packed(q.codes, spec.dtype)
+    ignore = q.undefined[:, ::2] if packed else q.undefined
+    if static is not None:
+        ignore = np.repeat(np.isnan(z).any(-1, keepdims=True), values.shape[-1], -1)
+    kind = np.dtype(np.uint8) if packed else oracle.dtype(spec.dtype)
+    how = CODES | {"mode": "codes4"} if packed else CODES
+    c.outputs["values"] = Output(values.view(kind), how, ignore if ignore.any() else None)
+    if c.writes("scale"):
+        assert q.scale is not None
+        how = BITWISE if spec.scale_dtype == "e8m0" else {"mode": "close", "rtol": 2.0**-20, "atol": 0}
+        c.outputs["scale"] = Output(oracle.laid_out(q.scale, spec.scale_layout, p.shape("scale")), how)
+    c.params["group_size"] = spec.group_size
+
+
+class Retry(Exception):
+    """The random data came to lie where two results are right: take other."""
+
+
+# Backward
+
+
+def _saved(c: Case) -> tuple[Array, Array, Array, Array | None, Array, bool]:
+    """(n, mean, rstd, weight, dy, centred) of a backward launch, as inputs where it reads them."""
+    p, centred = c.problem, c.problem.stage.startswith("layernorm")
+    n = c.normal("n", 1.7)
+    mean, rstd = oracle.statistics(n, 1e-6, centred)
+    mean, rstd = mean.astype(np.float32), rstd.astype(np.float32)
+    if c.reads("mean"):
+        c.inputs["mean"] = mean.reshape(p.shape("mean"))
+    if c.reads("rstd"):
+        c.inputs["rstd"] = rstd.reshape(p.shape("rstd"))
+    weight = c.vector("weight")
+    dy = c.normal("dy")[:, : p.features]
+    return n, f64(mean), f64(rstd), weight, dy, centred
+
+
+def _close(values: Array, kind: str) -> dict[str, Any]:
+    """Within 2 units in the last place of max(|dx|, its row's rms)."""
+    unit = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-20}[kind]
+    return {"mode": "close", "rtol": unit, "atol": float(unit * np.sqrt(np.mean(values**2)))}
+
+
+def norm_backward(c: Case) -> None:
+    """dx, and the sums over the rows of each program."""
+    p = c.problem
+    n, mean, rstd, weight, dy, centred = _saved(c)
+    grad = oracle.backward(n, mean, rstd, weight, dy, c.option("weight_offset", 0.0), centred)
+    dx = grad.dx + (c.normal("dresidual_out") if c.reads("dresidual_out") else 0.0)
+    if "dot" in c.launch.inputs and c.constant("JN_TILED"):
+        c.given("dot", (dy * (1.0 if weight is None else weight + c.option("weight_offset", 0.0)) * n).sum(-1))
+    for name in ("dx", "dresidual"):
+        if c.writes(name):
+            c.expect(name, dx, compare=_close(dx, p.dtype(name)))
+    programs = int(c.scalars.get("programs", c.scalars.get("PROGRAMS", 1)))
+    unit = int(c.constant("JN_GROUPS") or c.constant("ROWS") or 1)
+    sums = [(("partials", "dweight_partial", "dweight"), grad.dweight), (("dbias_partial", "dbias"), grad.dbias)]
+    for names, rows in sums:
+        total = c.shares(rows, programs, unit)
+        for name in names:
+            if c.writes(name):
+                shape = c.temps[name][0] if name in c.temps else p.shape(name)
+                c.expect(name, total.reshape(shape), compare=_sum_bound(rows))
+
+
+def _sum_bound(terms: Array) -> dict[str, Any]:
+    return {"mode": "close", "rtol": 1e-5, "atol": float(2.0**-20 * np.abs(terms).sum(0).max())}
+
+
+def row_dot(c: Case) -> None:
+    """dot = sum(dy * (weight + offset) * n) of each row."""
+    n, _, _, weight, dy, _ = _saved(c)
+    terms = dy * (1.0 if weight is None else weight + c.option("weight_offset", 0.0)) * n
+    c.expect("dot", terms.sum(-1), compare=_sum_bound(terms.T))
+
+
+def add_partials(c: Case) -> None:
+    """The column sums of partial sums."""
+    programs = int(c.scalars.get("programs", c.scalars.get("PROGRAMS", 1)))
+    (name,) = c.launch.inputs
+    (result,) = c.launch.outputs
+    partial = c.given(name, c.g.standard_normal((programs, *c.problem.shape(result))))
+    c.expect(result, partial.sum(0), compare=_sum_bound(partial))
+
+
+# Which kernels there are
+
+
+def _hip_rows(constants: dict[str, Any]) -> int:
+    return int(constants.get("JN_GROUPS", 1)) * int(constants.get("JN_UNROLL", 1))
+
+
+def _triton_rows(constants: dict[str, Any]) -> int:
+    return int(constants.get("ROWS", 1))
+
+
+KERNELS: dict[str, Kernel] = {
+    "rmsnorm.hip:rmsnorm_fwd": Kernel(norm_forward, _hip_rows),
+    "rmsnorm.hip:rmsnorm_bwd": Kernel(norm_backward, programs=0),
+    "rmsnorm.hip:rmsnorm_bwd_dot": Kernel(row_dot),
+    "rmsnorm.hip:rmsnorm_bwd_reduce": Kernel(add_partials, programs=-1),
+    "quant.hip:rmsnorm_quant_fwd": Kernel(quantise, _hip_rows),
+    "quant.hip:quantize_fwd": Kernel(quantise, _hip_rows),
+    "rmsnorm:rmsnorm_fwd": Kernel(norm_forward, _triton_rows),
+    "rmsnorm:rmsnorm_fwd_long": Kernel(norm_forward),
+    "rmsnorm:rmsnorm_bwd": Kernel(norm_backward, programs=0),
+    "rmsnorm:rmsnorm_bwd_long": Kernel(norm_backward),
+    "rmsnorm:rmsnorm_bwd_columns": Kernel(norm_backward, programs=1),
+    "rmsnorm:rmsnorm_bwd_reduce": Kernel(add_partials, programs=-1),
+    "quant:quant_fwd": Kernel(quantise, _triton_rows),
+    "quant:quant_fwd_long": Kernel(quantise),
+}
