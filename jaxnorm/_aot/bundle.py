@@ -91,7 +91,7 @@ def resized(instance: Instance, kernel: Kernel, problem: Problem) -> tuple[Launc
     programs = int(scalars.get("programs", scalars.get("PROGRAMS", 1)))
     grid, temps = list(launch.grid), launch.temps
     if kernel.programs is None:
-        covered = int(scalars.get("R", problem.rows))
+        covered = int(scalars.get("R", problem.rows) or 0)
         grid = [-(-covered // kernel.block_rows(dict(launch.constants))), 1, 1]
         temps = tuple((n, (problem.rows, *s[1:]) if s[0] == old.rows else s, k) for n, s, k in temps)
     elif kernel.programs >= 0:
