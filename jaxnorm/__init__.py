@@ -12,6 +12,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from ._api.groupnorm import groupnorm
+    from ._api.layernorm import add_layernorm, layernorm
+    from ._api.layernorm_quant import add_layernorm_quant, layernorm_quant
     from ._api.qk import qk_norm_rope, qk_norm_rope_two_stream
     from ._api.quant import add_rmsnorm_quant, quantize, rmsnorm_quant
     from ._api.rmsnorm import add_rmsnorm, rmsnorm
@@ -30,12 +32,16 @@ __all__ = [
     "Quantized",
     "UnsupportedError",
     "__version__",
+    "add_layernorm",
+    "add_layernorm_quant",
     "add_rmsnorm",
     "add_rmsnorm_quant",
     "backends",
     "explain",
     "export_checks",
     "groupnorm",
+    "layernorm",
+    "layernorm_quant",
     "mrope",
     "qk_norm_rope",
     "qk_norm_rope_two_stream",
@@ -55,6 +61,8 @@ _HOME = {
     "QuantSpec": "_types",
     "Quantized": "_types",
     "UnsupportedError": "errors",
+    "add_layernorm": "_api.layernorm",
+    "add_layernorm_quant": "_api.layernorm_quant",
     "add_rmsnorm": "_api.rmsnorm",
     "add_rmsnorm_quant": "_api.quant",
     "backends": "_dispatch",
@@ -64,6 +72,8 @@ _HOME = {
     "qk_norm_rope": "_api.qk",
     "qk_norm_rope_two_stream": "_api.qk",
     "groupnorm": "_api.groupnorm",
+    "layernorm": "_api.layernorm",
+    "layernorm_quant": "_api.layernorm_quant",
     "quantize": "_api.quant",
     "rmsnorm": "_api.rmsnorm",
     "rmsnorm_quant": "_api.quant",

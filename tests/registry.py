@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import oracle_layernorm
 import tolerances
 
 import jaxnorm
 
 OPTIONS = {"eps": 1e-5, "weight_offset": 1.0}
-MIXED = {"x": "bfloat16", "residual": "float32", "weight": "float32"}
+MIXED = {"x": "bfloat16", "residual": "float32", "weight": "float32", "bias": "float32", "x_bias": "float32"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,40 @@ class Op:
         return tuple(want.dx if rows else want.dweight for rows in self.per_row)
 
 
+@dataclass(frozen=True)
+class LayerNormOp(Op):
+    """An op whose oracle takes its arguments by name."""
+
+    def named(self, args: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self.arguments, args, strict=True))
+
+    def check(self, args: Sequence[np.ndarray], results: Sequence[Any], what: str = "") -> None:
+        want = self.forward(*args)
+        oracle_layernorm.assert_y(results[0], want, f"{what} y")
+        tolerances.assert_same_bits(results[1], want.residual_out, f"{what} residual_out")
+
+    def gradients(self, args: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]) -> Any:
+        offset = OPTIONS["weight_offset"]
+        return oracle_layernorm.backward(self.forward(*args), self.named(args), *cotangents, weight_offset=offset)
+
+    def check_gradients(self, args, cotangents, gradients, what: str = "") -> None:
+        want = self.gradients(args, cotangents)
+        for name, arg, got in zip(self.arguments, args, gradients, strict=True):
+            assert got.dtype == arg.dtype and got.shape == arg.shape, f"{what} d{name}: {got.dtype}{got.shape}"
+            if name in oracle_layernorm.SUMS:
+                oracle_layernorm.assert_sum(got, want, oracle_layernorm.SUMS[name], what)
+            else:
+                tolerances.assert_dx(np.asarray(got), want, f"{what} d{name}")
+
+    def gradients64(self, args: Sequence[np.ndarray], cotangents: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        want = self.gradients(args, cotangents)
+        return tuple(
+            want.sums[oracle_layernorm.SUMS[n]] if n in oracle_layernorm.SUMS else want.dx for n in self.arguments
+        )
+
+
+_LAYERNORM = ("x", "residual", "weight", "bias", "x_bias")
+
 OPS: tuple[Op, ...] = (
     Op(
         "rmsnorm", lambda x, w, backend=None: jaxnorm.rmsnorm(x, w, backend=backend, **OPTIONS), ("x", "weight"), (True, False),
@@ -88,6 +123,15 @@ OPS: tuple[Op, ...] = (
         ("x", "residual", "weight"), (True, True, False), lambda x, r, w: oracle.add_rmsnorm(x, r, w, **OPTIONS),
     ),
 )  # fmt: skip
+
+ADD_LAYERNORM = LayerNormOp(
+    "add_layernorm",
+    lambda x, r, w, b, xb, backend=None: jaxnorm.add_layernorm(x, r, w, b, x_bias=xb, backend=backend, **OPTIONS),
+    _LAYERNORM,
+    (True, True, False, False, False),
+    lambda *args: oracle_layernorm.layernorm(dict(zip(_LAYERNORM, args, strict=True)), **OPTIONS),
+)
+"""Every operand there is. test_layernorm_transforms.py takes a part of the suites to it, the GPU suite all of them."""
 
 
 def with_gradients(f: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., Any]:

@@ -25,14 +25,15 @@ from .._types import Quantized, QuantSpec
 from ..errors import type_error, value_error
 from . import _checks as check
 
-ORDER = ("x", "residual", "weight", "smooth_scale", "static_scale")
+ORDER = ("x", "x_bias", "residual", "weight", "bias", "smooth_scale", "static_scale")
 NO_GRADIENT = (
     "{op}: gradients do not flow through quantisation. Differentiate the op without it, and quantise apart: "
     "quantize(stop_gradient({base}), spec); or take stop_gradient of the whole result."
 )
 
 
-def _encode(call: StageCall, y: jax.Array, a: Arrays, axes: tuple[str, ...]) -> Arrays:
+def encode(call: StageCall, y: jax.Array, a: Arrays, axes: tuple[str, ...]) -> Arrays:
+    """The quantised results of a stage from its float32 y, and y itself where it is kept."""
     spec: QuantSpec = call.option("spec")
     out = {"y": y} if any(n == "y" for n, _, _ in call.results) else {}
     width = call.size("p") if "p" in dict(call.sizes) else y.shape[-1]
@@ -62,12 +63,12 @@ def _rmsnorm_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arr
     y, residual_out, _ = ref_rmsnorm.normalise(
         a["x"], a.get("residual"), a.get("weight"), features=call.features, axes=axes, **options
     )
-    out = _encode(call, y, a, axes)
+    out = encode(call, y, a, axes)
     return out if residual_out is None else {**out, "residual_out": residual_out}
 
 
 def _quantize_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
-    return _encode(call, f32(a["x"]), a, axes)
+    return encode(call, f32(a["x"]), a, axes)
 
 
 _PLANS = {"triton": "quant_triton", "hip": "quant_hip"}
@@ -261,6 +262,17 @@ def call_op(
     return _jitted({k: v for k, v in operands.items() if v is not None}, config)
 
 
+def kept_dtype(op: str, keep_unquantized: Any, out_dtype: Any, x: jax.Array) -> str | None:
+    """dtype of the unquantised y among the results; None if it is not wanted."""
+    if not isinstance(keep_unquantized, bool):
+        raise type_error(op, "keep_unquantized", type(keep_unquantized).__name__, "a bool")
+    if out_dtype is not None and not keep_unquantized:
+        raise value_error(
+            op, "out_dtype", out_dtype, "None without keep_unquantized", "It is the dtype of the unquantised y."
+        )
+    return check.out_dtype(op, out_dtype, x) if keep_unquantized else None
+
+
 def quantize(
     x: jax.Array, spec: QuantSpec, *, smooth_scale: Any = None, static_scale: Any = None, backend: str | None = None
 ) -> Quantized:
@@ -324,13 +336,7 @@ def _rmsnorm(
         "cast": check.choice(op, "cast", cast, check.CASTS),
         "residual_rounding": check.choice(op, "residual_rounding", residual_rounding, check.ROUNDINGS),
     }
-    if not isinstance(keep_unquantized, bool):
-        raise type_error(op, "keep_unquantized", type(keep_unquantized).__name__, "a bool")
-    if out_dtype is not None and not keep_unquantized:
-        raise value_error(
-            op, "out_dtype", out_dtype, "None without keep_unquantized", "It is the dtype of the unquantised y."
-        )
-    kept = check.out_dtype(op, out_dtype, x) if keep_unquantized else None
+    kept = kept_dtype(op, keep_unquantized, out_dtype, x)
     base = "add_rmsnorm(...)[0]" if has_residual else "rmsnorm(...)"
     return call_op(
         op,
