@@ -26,19 +26,24 @@ Local = Callable[..., tuple[jax.Array, ...]]
 
 def rule(call: StageCall, leading: int) -> tuple[str, tuple[str, ...], dict[str, Any]]:
     """The Shardy rule of a stage, the factors that must be replicated, and the sizes of factors that have no dim of their own."""
-    # a group of features is a factor of its own where scales per group follow the features
-    grouped = "g" in call.feature_dims
-
-    names = {"...": " ".join(f"b{i}" for i in range(leading)), **({"n": "(g k)"} if grouped else {})}
+    # Where scales per group (g) or packed codes (v) follow the features, shards hold whole groups or whole bytes.
+    base = next((d for d in ("g", "v") if d in call.feature_dims), "")
+    each = {"g": call.group, "v": 2}.get(base, 1)  # features to one of the base
+    names = {"...": " ".join(f"b{i}" for i in range(leading))}
+    factors: dict[str, int] = {}
+    if base:
+        names["n"], factors["k"] = f"({base} k)", each
+    if base == "g" and "v" in call.feature_dims:
+        names["v"], factors["h"] = "(g h)", each // 2
 
     def side(entries: Sequence[str]) -> str:
         return ", ".join(" ".join(names.get(d, d) for d in e.split()) for e in entries)
 
     text = f"{side([d for _, d in call.operands])} -> {side([d for _, d, _ in call.results])}"
     free = {*call.feature_dims, *(d for d, _ in call.parallel_dims)}
-    whole = {d for d, _ in call.sizes if d not in free} | ({"k"} if grouped else set())
+    whole = {d for d, _ in call.sizes if d not in free} | set(factors)
     order = list(dict.fromkeys(re.findall(r"\w+", text)))  # Shardy wants them in the order of their first appearance
-    return text, tuple(d for d in order if d in whole), {"k": call.group} if grouped else {}
+    return text, tuple(d for d in order if d in whole), factors
 
 
 def _axes(entries: Sequence[Entry]) -> tuple[str, ...]:

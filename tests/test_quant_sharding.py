@@ -108,6 +108,13 @@ BY_FEATURES = {
     "norm-groups-8-ways": (Case("rmsnorm_quant", GROUPS, 256, (6,)), WIDE, WIDE, 4),
     "norm-static": (Case("rmsnorm_quant", QuantSpec("fp8"), 256, (6,), static=0.02), TP, P(), 4),
     "norm-columns": (Case("rmsnorm_quant", QuantSpec("fp8", **COLUMNS), 256, (8,)), DPTP, P("tp", "dp"), 4),
+    "quantize-fp4": (Case("quantize", QuantSpec("fp4", **MX), 256, (8,)), DPTP, DPTP, 0),
+    "norm-fp4-columns": (
+        Case("rmsnorm_quant", QuantSpec("fp4", scale_layout="column", **MX), 256, (8,)),
+        DPTP,
+        P("tp", "dp"),
+        4,
+    ),
     "quantize-token": (Case("quantize", QuantSpec("int8"), 256, (8,)), DPTP, DP, 4),
     "norm-token": (
         Case("add_rmsnorm_quant", QuantSpec("int8", scale_ub=4.0), 256, (8,), smooth="float32"),
@@ -116,7 +123,7 @@ BY_FEATURES = {
         8,
     ),
 }
-ON_EXPLICIT = ("quantize-groups", "quantize-columns", "norm-groups", "norm-static", "norm-token")
+ON_EXPLICIT = ("quantize-fp4", "quantize-groups", "quantize-columns", "norm-groups", "norm-static", "norm-token")
 
 
 @pytest.mark.parametrize("name, kind", [*((n, "Auto") for n in BY_FEATURES), *((n, "Explicit") for n in ON_EXPLICIT)])
@@ -137,13 +144,28 @@ def test_features_sharded(name, kind):
 @pytest.mark.parametrize("case", [
     Case("rmsnorm_quant", QuantSpec("int8", group_size=96), 192, (8,)),  # tp=2 leaves 96, dp x tp would split it
     Case("quantize", QuantSpec("int8", group_size=64), 192, (8,)),
-    Case("quantize", QuantSpec("fp4", **MX), 256, (8,)),
-    Case("rmsnorm_quant", QuantSpec("fp8", scale_layout="shuffled", **MX), 256, (256,)),
+    Case("quantize", QuantSpec("fp4", **MX), 96, (8,)),
     Case("rmsnorm_quant", QuantSpec("int8"), 200, (8,), options={"pad_to_multiple": 256}),
 ], ids=lambda c: c.id)  # fmt: skip
 def test_groups_that_shards_would_split(case, kind):
     """Right values, whatever it costs."""
     run(case, kind, P("dp", "tp"))
+
+
+@meshes
+@pytest.mark.parametrize("case, x", [
+    (Case("quantize", QuantSpec("fp4", scale_layout="shuffled", **MX), 512, (256,)), P(None, "tp")),
+    (Case("add_rmsnorm_quant", QuantSpec("fp8", scale_layout="shuffled", **MX), 256, (256,)), P("dp", "tp")),
+    (Case("quantize", QuantSpec("fp8", scale_layout="shuffled", **MX), 256, (40,)), P(None, ("dp", "tp"))),
+], ids=["fp4", "norm-both-axes", "few-rows"])  # fmt: skip
+def test_shuffled_scales_of_sharded_features(case, x, kind):
+    """A tile holds groups of several shards: the scales are gathered, one byte for 32 features, the rows are not."""
+    out, text, mesh, _ = run(case, kind, x)
+    gathered = [c for c in hlo.collectives(text) if c.kind == "all-gather"]
+    rows = case.lead[0] // (4 if x[0] == "dp" else 1)
+    assert {c.dtypes for c in gathered} == {("u8",)} and sum(c.bytes for c in gathered) == rows * case.features // 32
+    assert sharded_like(out["q"].values, x, mesh), out["q"].values.sharding
+    assert sharded_like(out["q"].scale, P(x[0], None), mesh), out["q"].scale.sharding
 
 
 @pytest.mark.parametrize("where", ["whole", "shard"])

@@ -43,14 +43,16 @@ def encode(call: StageCall, y: jax.Array, a: Arrays, axes: tuple[str, ...]) -> A
     values, scale = ref.quantize(pad_last(z, width), spec, a.get("static_scale"), axes)
     out["values"] = values
     if "static_scale" not in a:
-        out["scale"] = _stage_layout(call, scale, spec)
+        out["scale"] = _stage_layout(call, scale, spec, axes)
     return out
 
 
-def _stage_layout(call: StageCall, scale: jax.Array, spec: QuantSpec) -> jax.Array:
+def _stage_layout(call: StageCall, scale: jax.Array, spec: QuantSpec, axes: tuple[str, ...]) -> jax.Array:
     if spec.scale_layout == "column":
         return jnp.moveaxis(scale, -1, 0)
     if spec.scale_layout == "shuffled":
+        if axes:  # a tile holds groups of several shards: gather the scales, a 64th of what the rows would be
+            scale = jnp.moveaxis(_compat.all_gather_equal(jnp.moveaxis(scale, -1, 0), axes, tiled=True), 0, -1)
         tiles = ref.shuffle(scale.reshape(math.prod(scale.shape[:-1]), scale.shape[-1]))
         lead = scale.shape[:-1]
         # a shard of fewer rows than a tile column of 256: the blocks of 32 rows without the padding behind them
@@ -146,8 +148,8 @@ def _run(config: _Config, arrays: Arrays) -> Any:
         results.append(("residual_out", "... n", arrays["residual"].dtype.name))
     if config.keep:
         results.append(("y", f"... {wide}", config.keep))
-    follows = ("n", "g") if spec.group_size else ("n",)
     tiles = not static and spec.scale_layout == "shuffled"
+    follows = ("n", *(("g",) if spec.group_size and not tiles else ()), *(("v",) if packed else ()))
     call = StageCall(
         stage=config.stage,
         op=config.op,
@@ -158,7 +160,7 @@ def _run(config: _Config, arrays: Arrays) -> Any:
         backend=config.backend,
         backend_source=config.backend_source,
         targets=config.targets,
-        feature_dims=() if padded or packed or tiles else follows,
+        feature_dims=() if padded else follows,
         group=spec.group_size or 1,
         row_block=(0 if "r" in sizes else 32) if tiles else 1,
     )
@@ -195,7 +197,7 @@ def _jitted(arrays: Arrays, config: _Config) -> Any:
         names = [k for k in ORDER if k in arrays]
         arrays = dict(zip(names, _compat.match_varying([arrays[k] for k in names]), strict=True))
         dims = {"x": "... n", "residual": "... n", "static_scale": ""}
-        gather = config.width != arrays["x"].shape[-1] or config.spec.dtype == "fp4"
+        gather = config.width != arrays["x"].shape[-1]
         fitted = _sharding.conform({k: (v, dims.get(k, "n")) for k, v in arrays.items()}, gather_features=gather)
         out = _without_gradient(config)(dict(zip(names, fitted, strict=True)))
         return _first_row(out) if single else out
@@ -293,8 +295,9 @@ def quantize(
       ValueError, TypeError: a wrong shape, dtype or option; N that the group size does not divide.
 
     Gradients: none; differentiating raises a TypeError that names the way out.
-    Sharding: rows without any collective, each shard holding the scales of its rows; sharded features keep whole groups without
-    any, and cost one maximum a row per token.
+    Sharding: rows without any collective, each shard holding the scales of its rows; sharded features keep whole groups, and the
+    scales of these, without any; they cost one maximum a row per token, and for shuffled scales, whose tiles hold groups of several
+    shards, an all-gather of the scales. Groups that shards would cut are gathered.
     """
     x = check.array("quantize", "x", x)
     check.features_last("quantize", "x", x)
