@@ -1,0 +1,194 @@
+"""Launches of the q/k norm stages through ``csrc/kernels/qk.hip``: all parts (q and k, of one stream or two) in one.
+
+The sum of a head has one order, by D, dtype and target (``_heads.lanes``), so every plan gives the same y and dx and may look at
+the number of tokens. Backward, blocks walk over the heads and leave partial sums of the weight gradients, which a second launch
+adds. The choices follow from registers, bytes on their way and lanes; those for AMD targets were compiled and inspected, not run on
+AMD silicon.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import Launch, Problem, Unsupported, compute_units, wave_size
+from ._heads import Part, lane_elements, parts
+from ._heads_hip import (
+    THREADS,
+    Deal,
+    blocks,
+    check,
+    constants,
+    forward,
+    forward_candidates,
+    groups,
+    position_constants,
+    position_scalars,
+    table_type,
+)
+from ._hip import Constants, _ceil, _grid, _nvidia, _type
+
+SOURCE = "qk.hip"
+ONE, TWO = "qk_norm_rope", "qk_norm_rope_two_stream"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Backward: ``per_unit`` blocks a compute unit walk over the heads; ``ahead``: the next ones are on their way meanwhile."""
+
+    deal: Deal
+    per_unit: int
+    ahead: bool
+
+
+def plan(problem: Problem) -> tuple[Launch, ...]:
+    """The launches that compute ``problem``: one forward, two backward where there is a weight.
+
+    Raises:
+      Unsupported: another stage, no heads, or more than the kernels count.
+    """
+    found = _parts(problem)
+    if problem.stage.endswith("_fwd"):
+        return (_forward_launch(problem, found, forward(problem, found)),)
+    return _backward_launches(problem, found, _walk(problem, found))
+
+
+def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
+    """Other tunings of the same computation, the plan first; all give the same y and dx."""
+    found = _parts(problem)
+    whole = lambda d: d.threads % wave_size(problem.target) == 0  # noqa: E731
+    if problem.stage.endswith("_fwd"):
+        more = [(_forward_launch(problem, found, d),) for d in forward_candidates(problem) if whole(d)]
+    else:
+        walks = [
+            Walk(Deal(t, u, b), p, ahead)
+            for t in (64, 128, 256)
+            for u in (1, 2, 4)
+            for ahead in (False, True)
+            for p in (256 // t, 512 // t, 768 // t, 1024 // t)
+            for b in ((1, p) if p > 1 else (1,))
+        ]
+        more = [_backward_launches(problem, found, w) for w in walks if whole(w.deal)]
+    return list(dict.fromkeys([plan(problem), *more]))
+
+
+def _parts(problem: Problem) -> list[Part]:
+    if problem.stage.removesuffix("_fwd").removesuffix("_bwd") not in (ONE, TWO):
+        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
+    found = parts(problem)
+    check(problem, found)
+    if len(found) > 2 and not _two(problem):
+        raise Unsupported(f"{len(found)} arrays; the kernels norm q and k.")
+    return found
+
+
+def _two(problem: Problem) -> bool:
+    return TWO in problem.stage
+
+
+def _weights(problem: Problem, found: list[Part]) -> list[str]:
+    return [f"{p.name[0]}_weight{p.name[1]}" if _two(problem) else f"w{p.name[1:]}" for p in found]
+
+
+def _constants(problem: Problem, found: list[Part], deal: Deal) -> Constants:
+    offset = float(problem.option("weight_offset"))  # type: ignore[arg-type]
+    out: list[tuple[str, object]] = [*constants(problem, found, deal)]
+    for i, (part, weight) in enumerate(zip(found, _weights(problem, found), strict=True)):
+        table = f"cos_sin{part.name[1]}" if _two(problem) else "cos_sin"
+        out += [
+            (f"JN_R{i}", part.rotary),
+            (f"JN_W{i}", _type(problem, weight)),
+            (f"JN_TABLE{i}", table_type(problem, table)),
+        ]
+    if not _two(problem):
+        out += position_constants(problem)
+    out += [("JN_EPS", float(problem.option("eps"))), ("JN_OFFSET", offset), ("JN_HAS_OFFSET", offset != 0)]  # type: ignore[arg-type]
+    return tuple(out)
+
+
+def _scalars(problem: Problem, found: list[Part]) -> tuple[tuple[str, str, int], ...]:
+    if not _two(problem):
+        return position_scalars(problem, found[0].tokens)
+    tokens = [problem.shape(n)[-3] for n in ("q0", "q1")]
+    return (("batch", "i32", problem.rows), ("tokens0", "i32", tokens[0]), ("tokens1", "i32", tokens[1]))
+
+
+def _inputs(problem: Problem, found: list[Part]) -> tuple[str, ...]:
+    if _two(problem):
+        return (*(p.name for p in found), *_weights(problem, found), "cos_sin0", "cos_sin1")
+    return ("x0", "x1", "w0", "w1", "positions", "cos_sin")
+
+
+def _forward_launch(problem: Problem, found: list[Part], deal: Deal) -> Launch:
+    return Launch(
+        kernel=f"{SOURCE}:{TWO if _two(problem) else ONE}",
+        inputs=_inputs(problem, found),
+        outputs=("q", "k") if _two(problem) else ("y0", "y1"),
+        grid=_grid(sum(blocks(problem, p, deal) for p in found)),
+        constants=_constants(problem, found, deal),
+        scalars=_scalars(problem, found),
+        threads=deal.threads,
+    )
+
+
+def _walk(problem: Problem, found: list[Part]) -> Walk:
+    """Two heads a group and 512 threads a unit on NVIDIA: 64 KB of bf16 on their way. AMD has registers for twice the threads."""
+    wide = max(lane_elements(problem, p) for p in found) > 16
+    return Walk(Deal(THREADS, 1 if wide else 2), 4 if _nvidia(problem) else 8, ahead=False)
+
+
+def shares(problem: Problem, found: list[Part], walk: Walk) -> list[int]:
+    """Blocks of each part: by its heads, at least one, at most one for each block's worth of units."""
+    total = compute_units(problem.target) * walk.per_unit
+    work = [p.tokens * p.heads for p in found]
+    return [
+        max(1, min(blocks(problem, p, walk.deal), _ceil(total * w, sum(work)))) for p, w in zip(found, work, strict=True)
+    ]
+
+
+def _backward_launches(problem: Problem, found: list[Part], walk: Walk) -> tuple[Launch, ...]:
+    each, d = shares(problem, found, walk), problem.features
+    weights = _weights(problem, found)
+    present = [i for i, w in enumerate(weights) if problem.has(w)]
+    cotangents = ("dq", "dk") if _two(problem) else ("dy0", "dy1")
+    count = 4 if _two(problem) else 2
+    padded = [*each, *[1] * (count - len(each))]
+    first = Launch(
+        kernel=f"{SOURCE}:{TWO if _two(problem) else ONE}_bwd",
+        inputs=(*_inputs(problem, found), *cotangents),
+        outputs=(
+            *(("dq0", "dk0", "dq1", "dk1") if _two(problem) else ("dx0", "dx1")),
+            *(f"partials{i}" for i in range(count)),
+        ),
+        grid=(sum(each), 1, 1),
+        constants=(*_constants(problem, found, walk.deal), ("JN_AHEAD", walk.ahead)),
+        scalars=(*_scalars(problem, found), *((f"blocks{i}", "i32", b) for i, b in enumerate(padded))),
+        threads=walk.deal.threads,
+        shared=_sum_bytes(problem, found, walk.deal) if present else 0,
+        temps=tuple((f"partials{i}", (each[i], d), "float32") for i in present),
+    )
+    return (first, _reduce_launch(problem, each, weights)) if present else (first,)
+
+
+def _sum_bytes(problem: Problem, found: list[Part], deal: Deal) -> int:
+    """add_head_groups: the sums of half the groups, with the lanes that no item falls to."""
+    threads = [groups(problem, p, deal) // 2 * deal.threads // groups(problem, p, deal) for p in found]
+    return max(t * lane_elements(problem, p) * 4 for t, p in zip(threads, found, strict=True))
+
+
+def _reduce_launch(problem: Problem, each: list[int], weights: list[str]) -> Launch:
+    """One block for 128 bytes of columns of a part, all rows of a block in flight."""
+    v = next(v for v in (4, 2, 1) if problem.features % v == 0)
+    columns, slices = 8, 32
+    names = [*weights, *(f"absent{i}" for i in range(len(weights), 4))]
+    padded = [*each, *[1] * (4 - len(each))]
+    return Launch(
+        kernel=f"{SOURCE}:qk_norm_rope_bwd_reduce",
+        inputs=tuple(f"partials{i}" for i in range(4)),
+        outputs=tuple(f"d{n}" for n in names),
+        grid=(_ceil(problem.features, columns * v), len(weights), 1),
+        constants=(("JN_N", problem.features), ("JN_V", v), ("JN_COLUMNS", columns), ("JN_SLICES", slices)),
+        scalars=tuple((f"blocks{i}", "i32", b) for i, b in enumerate(padded)),
+        threads=columns * slices,
+        shared=slices // 2 * columns * v * 4,
+    )
+

@@ -1,0 +1,69 @@
+"""Launches of the rotary stages through ``csrc/kernels/rope.hip``: one for up to eight arrays.
+
+There is no sum, so a plan may look at the number of tokens. The choices follow from bytes on their way and lanes; those for AMD
+targets were compiled and inspected, not run on AMD silicon.
+"""
+
+from __future__ import annotations
+
+from . import Launch, Problem, Unsupported, wave_size
+from ._heads import parts
+from ._heads_hip import (
+    Deal,
+    blocks,
+    check,
+    constants,
+    forward,
+    forward_candidates,
+    position_constants,
+    position_scalars,
+    table_type,
+)
+from ._hip import _grid
+
+SOURCE, MOST = "rope.hip", 8
+STAGES = ("rope_fwd", "rope_bwd")
+
+
+def plan(problem: Problem) -> tuple[Launch, ...]:
+    """The launches that compute ``problem``: one for every eight arrays.
+
+    Raises:
+      Unsupported: another stage, no heads, or more than the kernels count.
+    """
+    return _launches(problem, None)
+
+
+def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
+    """Other tunings of the same computation, the plan first; all give the same bits."""
+    deals = [d for d in forward_candidates(problem) if d.threads % wave_size(problem.target) == 0]
+    return list(dict.fromkeys([plan(problem), *(_launches(problem, d) for d in deals)]))
+
+
+def _launches(problem: Problem, deal: Deal | None) -> tuple[Launch, ...]:
+    if problem.stage not in STAGES:
+        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
+    found = parts(problem)
+    check(problem, found)
+    return tuple(_launch(problem, found[i : i + MOST], deal) for i in range(0, len(found), MOST))
+
+
+def _launch(problem: Problem, found: list, deal: Deal | None) -> Launch:
+    deal = deal or forward(problem, found)
+    names = [p.name for p in found] + [f"absent{i}" for i in range(len(found), MOST)]
+    return Launch(
+        kernel=f"{SOURCE}:rope",
+        inputs=(*names, "positions", "cos_sin"),
+        outputs=tuple(f"y{n[1:]}" for n in names),
+        grid=_grid(sum(blocks(problem, p, deal) for p in found)),
+        constants=(
+            *constants(problem, found, deal),
+            *position_constants(problem),
+            ("JN_R", found[0].rotary),
+            ("JN_TABLE", table_type(problem)),
+            ("JN_INVERSE", bool(problem.option("inverse"))),
+        ),
+        scalars=position_scalars(problem, found[0].tokens),
+        threads=deal.threads,
+    )
+
