@@ -316,9 +316,11 @@ def main(argv: list[str] | None = None, driver: Any = None) -> int:
                 other += 1
                 continue
             wrong = run(driver, path, case, arrays)
-        except OtherTargetError:
-            other += 1
-            continue
+        except OtherTargetError as e:
+            if not here:
+                other += 1
+                continue
+            wrong = [str(e)]
         except (CaseError, OSError) as e:
             wrong = [str(e)]
         passed, failed = passed + (not wrong), failed + bool(wrong)

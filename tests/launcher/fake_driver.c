@@ -1,6 +1,7 @@
 /* Stands in for libamdhip64.so.7, or with -DFAKE_CUDA for libcuda.so.1, on a machine without a GPU. It records what the
-   launcher asks for, refuses what a driver would refuse, and carries out three made-up kernels on host memory:
-     copy(src, dst, i32 bytes)
+   launcher (and tools/run_case.py) asks for, refuses what a driver would refuse or what fake_fail says, and carries out
+   made-up kernels on host memory:
+     copy(src, dst, i32 bytes)   overrun: writes a byte more   meddle: changes src, too
      wire(src, null, i32, i64, f32, dst; scratch, scratch)  writes to dst, as int32: src[0], whether the second
    parameter is null, the i32, both halves of the i64, the bits of the f32, whether each scratch pointer is null fail
    the launch is an error The current device belongs to a thread, as in the real drivers. */
@@ -17,7 +18,14 @@ enum { kBadImage = 200, kDefaultShared = 48 << 10, kMaxShared = 227 << 10 };
 #define NAME(cuda, hip) hip
 enum { kBadImage = 209, kDefaultShared = 64 << 10, kMaxShared = 64 << 10 };
 #endif
-enum { kInvalidValue = 1, kInvalidHandle = 400, kNotFound = 500, kLaunchFailed = 719 };
+enum {
+  kInvalidValue = 1,
+  kOutOfMemory = 2,
+  kNoDevice = 100,
+  kInvalidHandle = 400,
+  kNotFound = 500,
+  kLaunchFailed = 719
+};
 
 typedef struct {
   int device;
@@ -29,22 +37,46 @@ typedef struct {
 } Function;
 
 static atomic_int loads, lookups, raises, launches;
+static atomic_int modules, buffers; /* alive, of tools/run_case.py: the launcher keeps its own */
+static int devices = 1;
+static char failing[32];
+static int fail_status;
 static _Thread_local int device;
 static int last[8];
 
 void fake_set_device(int d) { device = d; }
 void fake_counts(int* out) { out[0] = loads, out[1] = lookups, out[2] = raises, out[3] = launches; }
 void fake_last(int* out) { memcpy(out, last, sizeof last); }
+void fake_alive(int* out) { out[0] = modules, out[1] = buffers; }
+void fake_set_devices(int n) { devices = n; }
+/* The next call of this kind (load, function, attribute, device, launch, allocate, copy, wait) returns the status. */
+void fake_fail(const char* call, int status) {
+  snprintf(failing, sizeof failing, "%s", call);
+  fail_status = status;
+}
+static int injected(const char* call) {
+  if (strcmp(call, failing)) return 0;
+  failing[0] = 0;
+  return fail_status;
+}
+#define FAIL_IF_ASKED(call)       \
+  do {                            \
+    int status_ = injected(call); \
+    if (status_) return status_;  \
+  } while (0)
 
 int NAME(cuModuleLoadData, hipModuleLoadData)(Module** module, const char* image) {
+  FAIL_IF_ASKED("load");
   if (memcmp(image, "\177ELF", 4)) return kBadImage;
   ++loads;
+  ++modules;
   *module = malloc(sizeof **module);
   (*module)->device = device;
   return 0;
 }
 
 int NAME(cuModuleGetFunction, hipModuleGetFunction)(Function** function, Module* module, const char* name) {
+  FAIL_IF_ASKED("function");
   if (module->device != device) return kInvalidHandle;
   if (!strcmp(name, "absent")) return kNotFound;
   ++lookups;
@@ -56,8 +88,11 @@ int NAME(cuModuleGetFunction, hipModuleGetFunction)(Function** function, Module*
 }
 
 static int run(const Function* f, void** params) {
-  if (!strcmp(f->name, "copy")) {
-    memcpy(*(void**)params[1], *(void**)params[0], (size_t)*(int32_t*)params[2]);
+  if (!strcmp(f->name, "copy") || !strcmp(f->name, "overrun") || !strcmp(f->name, "meddle")) {
+    char *from = *(void**)params[0], *to = *(void**)params[1];
+    memcpy(to, from, (size_t)*(int32_t*)params[2]);
+    if (f->name[0] == 'o') to[*(int32_t*)params[2]] = 0;
+    if (f->name[0] == 'm') from[0] ^= 1;
   } else if (!strcmp(f->name, "wire")) {
     int32_t* out = *(int32_t**)params[5];
     int64_t wide;
@@ -80,6 +115,7 @@ int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Function* f, unsigned gx, unsign
                                                 unsigned by, unsigned bz, unsigned shared, void* stream, void** params,
                                                 void** extra) {
   int v[8] = {(int)gx, (int)gy, (int)gz, (int)bx, (int)by, (int)bz, (int)shared, extra != NULL || stream != NULL};
+  FAIL_IF_ASKED("launch");
   if (f->device != device) return kInvalidHandle;
   if (!gx || !gy || !gz || (int)shared > f->shared_limit) return kInvalidValue;
   memcpy(last, v, sizeof v);
@@ -87,9 +123,63 @@ int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Function* f, unsigned gx, unsign
   return run(f, params);
 }
 
+int NAME(cuModuleUnload, hipModuleUnload)(Module* module) {
+  --modules;
+  free(module);
+  return 0;
+}
+int NAME(cuMemAlloc_v2, hipMalloc)(void** pointer, size_t size) {
+  FAIL_IF_ASKED("allocate");
+  ++buffers;
+  *pointer = malloc(size);
+  return 0;
+}
+int NAME(cuMemFree_v2, hipFree)(void* pointer) {
+  --buffers;
+  free(pointer);
+  return 0;
+}
+int NAME(cuMemcpyHtoD_v2, hipMemcpyHtoD)(void* to, const void* from, size_t size) {
+  FAIL_IF_ASKED("copy");
+  memcpy(to, from, size);
+  return 0;
+}
+int NAME(cuMemcpyDtoH_v2, hipMemcpyDtoH)(void* to, const void* from, size_t size) {
+  memcpy(to, from, size);
+  return 0;
+}
+int NAME(cuCtxSynchronize, hipDeviceSynchronize)(void) {
+  FAIL_IF_ASKED("wait");
+  return 0;
+}
+int NAME(cuDeviceGetCount, hipGetDeviceCount)(int* count) {
+  *count = devices;
+  return devices ? 0 : kNoDevice;
+}
+
 #ifdef FAKE_CUDA
+int cuInit(unsigned flags) { return flags != 0; }
+int cuDeviceGet(int* handle, int ordinal) {
+  *handle = ordinal;
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void** context, int handle) {
+  static int somewhere;
+  *context = &somewhere;
+  return handle;
+}
+int cuCtxSetCurrent(void* context) { return context == NULL; }
+int cuCtxGetDevice(int* handle) {
+  *handle = 0;
+  return 0;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int handle) {
+  *value = attribute == 75 ? 9 : 0; /* compute capability 9.0 */
+  return handle;
+}
 int cuFuncSetAttribute(Function* f, int attribute, int value) {
   ++raises;
+  FAIL_IF_ASKED("attribute");
   if (attribute != 8 || value > kMaxShared) return kInvalidValue;
   f->shared_limit = value;
   return 0;
@@ -97,6 +187,7 @@ int cuFuncSetAttribute(Function* f, int attribute, int value) {
 /* One address for all contexts, so that only the id tells them apart, as after a context was destroyed and made again.
  */
 int cuCtxGetCurrent(void** context) {
+  FAIL_IF_ASKED("device");
   static int somewhere;
   *context = device < 0 ? NULL : &somewhere;
   return 0;
@@ -106,26 +197,40 @@ int cuCtxGetId(void* context, unsigned long long* id) {
   return context == NULL;
 }
 int cuGetErrorName(int status, const char** name) {
-  *name = status == kLaunchFailed ? "CUDA_ERROR_LAUNCH_FAILED"
-          : status == kBadImage   ? "CUDA_ERROR_INVALID_IMAGE"
-                                  : "CUDA_ERROR";
+  *name = status == kLaunchFailed  ? "CUDA_ERROR_LAUNCH_FAILED"
+          : status == kBadImage    ? "CUDA_ERROR_INVALID_IMAGE"
+          : status == kOutOfMemory ? "CUDA_ERROR_OUT_OF_MEMORY"
+          : status == kNoDevice    ? "CUDA_ERROR_NO_DEVICE"
+                                   : "CUDA_ERROR";
   return 0;
 }
 int cuGetErrorString(int status, const char** text) {
-  *text = status == kLaunchFailed ? "unspecified launch failure" : "some failure";
+  *text = status == kLaunchFailed  ? "unspecified launch failure"
+          : status == kOutOfMemory ? "out of memory"
+                                   : "some failure";
   return 0;
 }
 #else
+int hipSetDevice(int d) { return d != 0; }
+int hipGetDevicePropertiesR0600(char* properties, int d) {
+  strcpy(properties + 1160, "gfx942:sramecc+:xnack-");
+  return d;
+}
 int hipGetDevice(int* d) {
+  FAIL_IF_ASKED("device");
   *d = device;
   return device < 0 ? 101 : 0;
 }
 const char* hipGetErrorName(int status) {
-  return status == kLaunchFailed ? "hipErrorLaunchFailure"
-         : status == kBadImage   ? "hipErrorNoBinaryForGpu"
-                                 : "hipError";
+  return status == kLaunchFailed  ? "hipErrorLaunchFailure"
+         : status == kBadImage    ? "hipErrorNoBinaryForGpu"
+         : status == kOutOfMemory ? "hipErrorOutOfMemory"
+         : status == kNoDevice    ? "hipErrorNoDevice"
+                                  : "hipError";
 }
 const char* hipGetErrorString(int status) {
-  return status == kLaunchFailed ? "unspecified launch failure" : "some failure";
+  return status == kLaunchFailed  ? "unspecified launch failure"
+         : status == kOutOfMemory ? "out of memory"
+                                  : "some failure";
 }
 #endif

@@ -215,6 +215,71 @@ def invalid_image():
     expect(error_of(lambda x: copy(c, x), X), "kernel 'copy'", "cannot load", "8 bytes", name, "some failure", c.target)
 
 
+NAMES = {
+    2: ("hipErrorOutOfMemory (2): out of memory", "CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"),
+    100: ("hipErrorNoDevice (100)", "CUDA_ERROR_NO_DEVICE (100)"),
+}
+
+
+def _injected(call, status, *parts):
+    """The next driver call of a kind fails: a clear error, and the same call site works when it is run again."""
+    fake, c = Fake(), code(shared=0)
+    c = CodeObject(
+        image=c.image + f"{call} {status}".encode(), name=c.name, target=c.target, threads=64, shared=0, source_key=""
+    )
+    f = jax.jit(lambda x: copy(c, x)[0])
+    fake.library.fake_fail(call.encode(), status)
+    try:
+        jax.block_until_ready(f(X))
+    except Exception as e:
+        expect(
+            str(e),
+            "jaxnorm: kernel 'copy'",
+            NAMES[status][VENDOR == "cuda"],
+            c.target,
+            "grid (3, 1, 1)",
+            "block 64",
+            *parts,
+        )
+    else:
+        raise AssertionError("no error")
+    np.testing.assert_array_equal(f(X), X)
+    return fake.counts()
+
+
+@scenario()
+def out_of_memory_when_a_module_is_loaded():
+    counts = _injected("load", 2, "cannot load its code object", "ModuleLoadData")
+    assert counts == {"loads": 1, "lookups": 1, "raises": 0, "launches": 1}, "the refused module is not kept"
+
+
+@scenario()
+def out_of_memory_when_a_function_is_looked_up():
+    counts = _injected("function", 2, "not in its code object", "ModuleGetFunction")
+    assert counts == {"loads": 1, "lookups": 1, "raises": 0, "launches": 1}, "the module is kept, not loaded again"
+
+
+@scenario()
+def out_of_memory_at_the_launch():
+    counts = _injected("launch", 2, "LaunchKernel", "shared memory 0 bytes")
+    assert counts == {"loads": 1, "lookups": 1, "raises": 0, "launches": 1}
+
+
+@scenario()
+def the_device_is_gone():
+    assert _injected("device", 100, "no current device")["loads"] == 1
+
+
+@scenario("cuda")
+def shared_memory_refused_once():
+    """A limit that could not be raised counts as not raised."""
+    fake, c = Fake(), code(shared=100 << 10)
+    fake.library.fake_fail(b"attribute", 2)
+    expect(error_of(lambda x: copy(c, x), X), "too much shared memory", "cuFuncSetAttribute", NAMES[2][1])
+    jax.block_until_ready(jax.jit(lambda x: copy(c, x))(X))
+    assert fake.counts() == {"loads": 1, "lookups": 1, "raises": 2, "launches": 1}
+
+
 @scenario()
 def unknown_kernel():
     c = code("absent")
