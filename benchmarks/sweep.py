@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import dataclasses
 import functools
 import importlib
 import os
@@ -22,6 +21,8 @@ import time
 from typing import Any
 
 from jaxnorm._bench.store import write_json
+from jaxnorm._tune.search import describe_launch
+from jaxnorm._tune.search import label_of as label
 
 from . import cells, run, store, timing
 from .cells import EPS, Cell
@@ -97,40 +98,6 @@ def operands(stage: str, data: Any) -> list[dict[str, Any]]:
             s = {"n": n, "weight": s["weight"], "rstd": rstd, **{k: s[k] for k in ("dy", "dresidual_out") if k in s}}
         out.append(s)
     return out
-
-
-def describe_launch(launch: Any) -> dict[str, Any]:
-    """The parts of a launch that a configuration chooses."""
-    d = dataclasses.asdict(launch)
-    d["constants"] = dict(launch.constants)
-    d["options"] = dict(launch.options)
-    return {k: v for k, v in d.items() if v not in (0, (), {}, 1) and k not in ("inputs", "outputs", "scalars")} | {
-        "grid": launch.grid
-    }
-
-
-@functools.cache
-def _varying(plans: tuple[tuple[Any, ...], ...]) -> frozenset[str]:
-    """Names of the choices that differ between the candidates; the others are left out of the labels."""
-    seen: dict[str, set[str]] = {}
-    for plan in plans:
-        for name, value in _choices(plan).items():
-            seen.setdefault(name, set()).add(value)
-    return frozenset(n for n, v in seen.items() if len(v) > 1 or any(n not in _choices(p) for p in plans))
-
-
-def _choices(plan: tuple[Any, ...]) -> dict[str, str]:
-    out = {}
-    for i, launch in enumerate(plan):
-        d = describe_launch(launch)
-        flat = {**d.pop("constants", {}), **d.pop("options", {}), **d}
-        out |= {f"{k}{i or ''}": "x".join(map(str, v)) if k == "grid" else str(v) for k, v in flat.items()}
-    return out
-
-
-def label(plan: tuple[Any, ...], plans: tuple[tuple[Any, ...], ...]) -> str:
-    varying = _varying(plans)
-    return " ".join(f"{k}={v}" for k, v in _choices(plan).items() if k in varying) or "only"
 
 
 def candidates(backend: str, problem: Any, limit: int = 0) -> list[tuple[Any, ...]]:

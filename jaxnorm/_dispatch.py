@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import _compat, _launch, _native
 from ._compile import cache
 from ._compile import target as _target
 from ._stage import StageCall
-from ._tune import table
+from ._tune import plans, table
 from .errors import UnsupportedError, value_error
 from .kernels.configs import Launch, Problem, Unsupported
 
@@ -74,9 +74,25 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
       UnsupportedError: a kernel backend was named, or is required, and cannot serve the call here.
     """
     chosen = _choose(call, p, platform)
+    if chosen.plan:
+        chosen = _tuned(call, p, platform, chosen)
     for listener in listeners:
         listener(call, p, chosen)
     return chosen
+
+
+def _tuned(call: StageCall, p: Problem, platform: str, chosen: Chosen) -> Chosen:
+    """With the plan of a tuned table where one holds: the same kernels, the same bits, other tiles."""
+    module = importlib.import_module(f"jaxnorm.kernels.configs.{call.definition.plans[chosen.backend]}")
+    plan, note = plans.choose(
+        chosen.plan,
+        chosen.backend,
+        p,
+        _target.kind(platform, p.target),
+        getattr(module, "candidates", lambda problem: []),
+        lambda launch: _launch.compile_launch(launch, p, chosen.backend).image,
+    )
+    return replace(chosen, plan=plan, reason=f"{chosen.reason}; {note}") if note else chosen
 
 
 def _choose(call: StageCall, p: Problem, platform: str) -> Chosen:

@@ -29,6 +29,7 @@ class Command:
 COMMANDS = {
     "doctor": Command("doctor", "report on this installation: versions, devices, compilers, backends", extra=""),
     "bench": Command("_cli.bench", "time ops on this machine beside plain XLA and a copy of the same bytes"),
+    "tune": Command("_cli.tune", "search this device's fastest kernel configurations that give the same bits"),
     "explain": Command("_cli.explain", "say which backend and kernel the jaxnorm ops of a program get, and why"),
     "cache": Command("_cli.cache", "show, clear or fill the folder of compiled kernels"),
     "aot": Command("_cli.aot", "compile for GPUs that are not here; write and verify bundles of kernel cases"),

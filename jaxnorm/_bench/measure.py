@@ -33,7 +33,7 @@ def measure(case: Case, backends: Sequence[str], timer: timing.Timer) -> dict[st
     count, _ = timing.rotation(nbytes_in)
     sets = inputs(case, count)
     usual = op.usual(spec)
-    cotangents = _cotangents(jax.eval_shape(op.ours("xla", spec), *sets[0]), count) if op.gradients else []
+    drawn = cotangents(jax.eval_shape(op.ours("xla", spec), *sets[0]), count) if op.gradients else []
     nbytes = traffic(case)
     notes: dict[str, dict[str, Any]] = {}
     built: list[timing.Program] = []
@@ -48,12 +48,12 @@ def measure(case: Case, backends: Sequence[str], timer: timing.Timer) -> dict[st
         f = usual if name == PLAIN else op.ours(None if name == "auto" else name, spec)
         try:
             if op.gradients:
-                program = programs.backward(name, f, sets, cotangents, op.gradients, recompute=name in (PLAIN, "xla"))
+                program = programs.backward(name, f, sets, drawn, op.gradients, recompute=name in (PLAIN, "xla"))
             else:
                 program = programs.forward(name, f, sets)
             i = index % count  # each on another input set: what an earlier one left in memory is not its answer
             got = jax.block_until_ready(program.calls[i]())
-            notes[name] = _verdict(op, case, got, sets[i], cotangents[i] if op.gradients else None)
+            notes[name] = _verdict(op, case, got, sets[i], drawn[i] if op.gradients else None)
             built.append(program)
         except Exception as error:
             failed(name, error)
@@ -68,7 +68,7 @@ def measure(case: Case, backends: Sequence[str], timer: timing.Timer) -> dict[st
     }  # fmt: skip
 
 
-def _cotangents(out: Any, count: int) -> list[Any]:
+def cotangents(out: Any, count: int) -> list[Any]:
     key = jax.random.key(1, impl="rbg")
     leaves, tree = jax.tree.flatten(out)
     draw = jax.jit(

@@ -77,7 +77,7 @@ def bench(
         raise CommandError(f"--{error}.", 2) from None
     ours = _backends(backends, on_cpu)
     results, where = _results(out, fresh)
-    left = _measure(cases, ours, _timer(timer), results, where, budget)
+    left = _measure(cases, ours, make_timer(timer), results, where, budget)
     finish(results, plot, [c.key for c in cases])
     if left:
         again = "the same command goes on from here" if out else "name a file with --out to go on from there next time"
@@ -120,7 +120,7 @@ def _backends(text: str, on_cpu: bool) -> list[str]:
     return found
 
 
-def _timer(kind: str) -> Any:
+def make_timer(kind: str) -> Any:
     from .._bench import timing
 
     if kind not in ("auto", "cupti", "wall"):

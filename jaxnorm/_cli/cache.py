@@ -35,23 +35,35 @@ def _problem() -> str:
 
 @app.command()
 def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the compiled kernels by target and name, with their number and size."""
+    """List the compiled kernels by target and name, and the tables of tuned plans."""
+    from .._tune import plans
+
     entries, problem = store.entries(), _problem()
-    groups = _groups(entries)
+    groups, tables, notes = _groups(entries), plans.tables(), plans.notes()
     if as_json:
         rows: list[dict[str, Any]] = [
             {"target": target, "kernel": name, "files": len(group), "bytes": sum(e.bytes for e in group)}
             for (target, name), group in groups.items()
         ]
-        print(json.dumps({"folder": str(store.directory()), "problem": problem, "kernels": rows}, indent=1))
+        tuned = [{"file": str(path), "device": d, "backend": b, "entries": n} for path, d, b, n in tables]
+        shown = {"folder": str(store.directory()), "problem": problem, "kernels": rows, "tuned": tuned, "notes": notes}
+        print(json.dumps(shown, indent=1))
         return
     out = console()
     out.print(f"[bold]{store.directory()}[/bold]" + ("" if store.directory().is_dir() else " (not there yet)"))
     if problem:
         out.print(f"[red]{problem}[/red]")
-    if not entries:
+    if entries:
+        _print_kernels(out, groups)
+    else:
         out.print("no compiled kernel")
-        return
+    for path, device, backend, count in tables:
+        out.print(f"tuned plans: {count} for {backend} on {device}, {path}", soft_wrap=True)
+    for note in notes:
+        out.print(f"[red]passed over: {note}[/red]", soft_wrap=True)
+
+
+def _print_kernels(out: Any, groups: dict[tuple[str, str], list[store.Entry]]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("target")
     table.add_column("kernel", overflow="fold")
@@ -62,7 +74,8 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         newest = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(e.modified for e in group)))
         table.add_row(target, name, str(len(group)), size(sum(e.bytes for e in group)), newest)
     out.print(table)
-    out.print(f"{len(entries)} files, {size(sum(e.bytes for e in entries))}")
+    everything = [e for group in groups.values() for e in group]
+    out.print(f"{len(everything)} files, {size(sum(e.bytes for e in everything))}")
 
 
 @app.command()

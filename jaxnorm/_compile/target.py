@@ -66,6 +66,15 @@ def _present(platform: str) -> tuple[str, ...]:
     return tuple(sorted({t for d in devices if (t := of_device(d))}))
 
 
+@functools.cache
+def kind(platform: str, target: str) -> str:
+    """What the device of this target calls itself (``NVIDIA H200``); empty where none is present."""
+    try:
+        return next((d.device_kind for d in jax.devices(platform) if of_device(d) == target), "")
+    except RuntimeError:
+        return ""
+
+
 def resolve(platform: str, targets: tuple[tuple[str, str], ...]) -> str:
     """The target to compile for: named by ``use_target``, else the devices', else the default of the platform."""
     if (target := dict(targets).get(platform)) is not None:
