@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from ._api.cache import qk_norm_rope_cache
     from ._api.groupnorm import groupnorm
     from ._api.layernorm import add_layernorm, layernorm
     from ._api.layernorm_quant import add_layernorm_quant, layernorm_quant
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ._api.quant import add_rmsnorm_quant, quantize, rmsnorm_quant
     from ._api.rmsnorm import add_rmsnorm, rmsnorm
     from ._api.rope import mrope, rope, rope_table
+    from ._cache import KVCache
     from ._compile.target import use_target
     from ._dispatch import BackendInfo, backends, use_backend
     from ._explain import Choice, explain
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendInfo",
     "Choice",
+    "KVCache",
     "QuantSpec",
     "Quantized",
     "UnsupportedError",
@@ -44,6 +47,7 @@ __all__ = [
     "layernorm_quant",
     "mrope",
     "qk_norm_rope",
+    "qk_norm_rope_cache",
     "qk_norm_rope_two_stream",
     "quantize",
     "rmsnorm",
@@ -58,6 +62,7 @@ __all__ = [
 _HOME = {
     "BackendInfo": "_dispatch",
     "Choice": "_explain",
+    "KVCache": "_cache",
     "QuantSpec": "_types",
     "Quantized": "_types",
     "UnsupportedError": "errors",
@@ -70,6 +75,7 @@ _HOME = {
     "export_checks": "_export",
     "mrope": "_api.rope",
     "qk_norm_rope": "_api.qk",
+    "qk_norm_rope_cache": "_api.cache",
     "qk_norm_rope_two_stream": "_api.qk",
     "groupnorm": "_api.groupnorm",
     "layernorm": "_api.layernorm",

@@ -195,7 +195,12 @@ class KVCache:
         op = "KVCache.create"
         name = _dtype_name(op, dtype)
         _check_formats(op, layout, quant, name)
-        named = (("num_pages", num_pages), ("page_size", page_size), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim))
+        named = (
+            ("num_pages", num_pages),
+            ("page_size", page_size),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+        )
         sizes = [positive(op, *argument) for argument in named]
         g = Geometry(layout, quant, name, *sizes)
         _check_divisible(op, g)
@@ -251,7 +256,9 @@ def scalar(op: str, argument: str, value: Any) -> jax.Array:
             raise type_error(op, argument, type(value).__name__, "a float32 scalar")
         return jnp.asarray(float(value), jnp.float32)
     if value.shape not in ((), (1,)):
-        raise value_error(op, argument, f"shape {value.shape}", "a scalar, () or (1,)", "Per token scales: quant='per_token'.")
+        raise value_error(
+            op, argument, f"shape {value.shape}", "a scalar, () or (1,)", "Per token scales: quant='per_token'."
+        )
     if np.dtype(value.dtype).name not in (*FLOATS, "float64"):
         raise type_error(op, argument, f"dtype {value.dtype}", "a float32 scalar")
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -294,7 +301,9 @@ def _sizes(cache: KVCache, dtype: str) -> tuple[int, int, int, int] | None:
     if cache.layout == "paged":
         return shape if len(shape) == 4 else None  # type: ignore[return-value]
     page = 1 if page is None else page
-    return (shape[0] // page, page, shape[1], shape[2]) if len(shape) == 3 and page > 0 and shape[0] % page == 0 else None
+    return (
+        (shape[0] // page, page, shape[1], shape[2]) if len(shape) == 3 and page > 0 and shape[0] % page == 0 else None
+    )
 
 
 def _misfit(

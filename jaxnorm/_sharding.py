@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _compat
 from ._stage import StageCall
+from .errors import value_error
 
 Entry = Any  # an entry of a PartitionSpec: None, an axis, or a tuple of axes
 Local = Callable[..., tuple[jax.Array, ...]]
@@ -40,7 +41,7 @@ def rule(call: StageCall, leading: int) -> tuple[str, tuple[str, ...], dict[str,
         return ", ".join(" ".join(names.get(d, d) for d in e.split()) for e in entries)
 
     text = f"{side([d for _, d in call.operands])} -> {side([d for _, d, _ in call.results])}"
-    free = {*call.feature_dims, *(d for d, _ in call.parallel_dims)}
+    free = {*call.feature_dims, *(d for d, _ in (*call.parallel_dims, *call.refused_dims))}
     whole = {d for d, _ in call.sizes if d not in free} | set(factors)
     order = list(dict.fromkeys(re.findall(r"\w+", text)))  # Shardy wants them in the order of their first appearance
     return text, tuple(d for d in order if d in whole), factors
@@ -93,6 +94,11 @@ def _layout(call: StageCall, shardings: Sequence[Any], shapes: Sequence[tuple[in
     named: dict[str, Entry] = {}
     for name, sharding, shape in zip(call.names, shardings, shapes, strict=True):
         for dim in call.dims(name):
+            if (remedy := dict(call.refused_dims).get(dim)) is not None:
+                entry = _spec(sharding, len(shape))[call.position(name, dim, len(shape))]
+                if ways(entry) > 1:
+                    got = f"a sharding of dim {dim!r} (of {call.dims(name)}) over {entry!r}"
+                    raise value_error(call.op, name, got, "one that leaves the dim whole", remedy)
             if dim not in granules or dim in named:
                 continue
             at = call.position(name, dim, len(shape))

@@ -83,6 +83,8 @@ class StageCall:
     """Features (of the first feature dim) that must stay on one shard together."""
     parallel_dims: tuple[tuple[str, int], ...] = ()
     """(named dim, how many of it must stay on one shard together) over which the computation is independent."""
+    refused_dims: tuple[tuple[str, str], ...] = ()
+    """(named dim, what to do instead): to gather it would be right, and never what its caller wants."""
     row_block: int = 1
     """Neighbouring rows that must stay on one shard together; 0 = all of them."""
 

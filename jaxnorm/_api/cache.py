@@ -27,6 +27,7 @@ from .._stage import Arrays, OpDef, StageCall, StageDef, register_op, register_s
 from ..errors import type_error, value_error
 from . import _checks as check
 from . import _heads
+from .qk import _forward as norm_rope
 
 OP, GATHER = "qk_norm_rope_cache", "KVCache.gather"
 NO_GRADIENT = (
@@ -51,24 +52,24 @@ def _local_geometry(call: StageCall) -> Geometry:
     return dataclasses.replace(call.option("geometry"), num_kv_heads=call.size("j"))
 
 
-def _split(call: StageCall, a: Arrays) -> list[jax.Array]:
-    """q, k, v as ``[T, H, D]``."""
+def _split(call: StageCall, a: Arrays) -> Arrays:
+    """q, k, v as ``[T, H, D]``; q may be computed apart."""
     if "qkv" not in a:
-        return [a["q"], a["k"], a["v"]]
+        return {n: a[n] for n in "qkv" if n in a}
     hq, hk, d = (call.size(dim) for dim in "hjd")
     parts = jnp.split(a["qkv"], [hq * d, (hq + hk) * d], axis=-1)
-    return [p.reshape(*p.shape[:-1], h, d) for p, h in zip(parts, (hq, hk, hk), strict=True)]
+    return {n: p.reshape(*p.shape[:-1], h, d) for n, p, h in zip("qkv", parts, (hq, hk, hk), strict=True)}
 
 
 def _write_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
     g = _local_geometry(call)
-    q, k, v = _split(call, a)
+    heads = _split(call, a)
     cos, sin = ref_rope.lookup(a["cos_sin"], a["positions"], call.option("sections"), call.option("interleaved"))
     norm = {name: call.option(name) for name in ("eps", "weight_offset", "style")}
-    q, k = (ref_qk.norm_rope(x, a.get(f"{n}_weight"), cos, sin, **norm) for n, x in (("q", q), ("k", k)))
-    out = {"q_out": q, "k_out": k, "v_out": v}
-    for name, heads in (("k", k), ("v", v)):
-        stored, scales = ref.codes(heads, g, a.get(f"{name}_scale"))
+    heads |= {n: ref_qk.norm_rope(heads[n], a.get(f"{n}_weight"), cos, sin, **norm) for n in "qk" if n in heads}
+    out = {f"{n}_out": x for n, x in heads.items()}
+    for name in "kv":
+        stored, scales = ref.codes(heads[name], g, a.get(f"{name}_scale"))
         out[f"{name}_cache_out"] = ref.store(a[f"{name}_cache"], name, stored, a["slots"], g)
         if scales is not None:
             out[f"{name}_scale_out"] = ref.store(a[f"{name}_scale"], "scale", scales, a["slots"], g)
@@ -129,22 +130,21 @@ class _Config:
         return found
 
 
-def _write(config: _Config, arrays: Arrays) -> Arrays:
-    """The stage; results by name."""
+def _stage(config: _Config, arrays: Arrays) -> Arrays:
     g, dims = config.geometry, config.cache_dims()
-    packed = "qkv" in arrays
+    packed, apart = "qkv" in arrays, not {"qkv", "q"} & arrays.keys()
     rows = {"qkv": "... w", "q": "... h d", "k": "... j d", "v": "... j d", "slots": "...", "cos_sin": "t r",
             "positions": "... c" if dict(config.options)["sections"] else "...", "q_weight": "d", "k_weight": "d"}  # fmt: skip
     operands = {name: (arrays[name], (rows | dims)[name]) for name in (*rows, *dims) if name in arrays}
-    dtypes = [arrays["qkv" if packed else n].dtype.name for n in "qkv"]
-    results = [("q_out", "... h d", dtypes[0])]
+    dtypes = {n: arrays["qkv" if packed else n].dtype.name for n in "qkv" if packed or n in arrays}
+    results = [] if apart else [("q_out", "... h d", dtypes["q"])]
     if config.return_kv:
-        results += [("k_out", "... j d", dtypes[1]), ("v_out", "... j d", dtypes[2])]
+        results += [("k_out", "... j d", dtypes["k"]), ("v_out", "... j d", dtypes["v"])]
     results += [(f"{n}_out", d, g.dtype if "cache" in n else "float32") for n, d in dims.items() if d]
     parallel = () if packed else (("h", 1), ("j", 1))
     refused = tuple((d, ONE_PER_RANK) for d in ("w", "j")) if packed else ()
     call = config.call(WRITE, operands, results, row_block=0, parallel_dims=parallel, refused_dims=refused)
-    return _op.run(call, tuple(a for a, _ in operands.values()))
+    return _op.run(call, tuple(_compat.match_varying([a for a, _ in operands.values()])))
 
 
 @functools.cache
@@ -163,8 +163,22 @@ def _without_gradient(config: _Config) -> Any:
 @functools.partial(jax.jit, static_argnames=("config",), inline=True)
 def _jitted(arrays: Arrays, config: _Config) -> Any:
     with jax.named_scope(OP):
-        arrays = dict(zip(arrays, _compat.match_varying(list(arrays.values())), strict=True))
         return _without_gradient(config)(arrays)
+
+
+def _write(config: _Config, arrays: Arrays) -> Arrays:
+    """Results by name. One call, unless q alone differs between the devices of a mesh axis inside ``shard_map``: kv heads that are
+    replicated leave a cache that is, and the results of one call all differ alike."""
+    rest = {n: a for n, a in arrays.items() if n not in ("q", "q_weight")}
+    axes = frozenset[str]().union(*(_compat.varying(jax.typeof(a)) for a in rest.values()))
+    if "q" not in arrays or _compat.varying(jax.typeof(arrays["q"])) <= axes:
+        return _stage(config, arrays)
+    options = dict(config.options)
+    turning = options["style"], options["sections"], options["interleaved"]
+    by = config.backend, config.backend_source, config.targets
+    heads = _heads.Config(OP, *turning, False, *by, options["eps"], options["weight_offset"])
+    q, weight, *where = _compat.match_varying([arrays.get(n) for n in ("q", "q_weight", "positions", "cos_sin")])
+    return {"q_out": norm_rope(heads, (q,), (weight,), *where)[0], **_stage(config, rest)}
 
 
 @functools.partial(jax.jit, static_argnames=("config",), inline=True)
@@ -252,7 +266,9 @@ def _scales(cache: KVCache, k_scale: Any, v_scale: Any) -> KVCache:
     given = {n: v for n, v in (("k_scale", k_scale), ("v_scale", v_scale)) if v is not None}
     if given and cache.quant != "per_tensor":
         got = f"a scale for a cache with quant={cache.quant!r}"
-        raise value_error(OP, next(iter(given)), got, "None unless quant='per_tensor'", "The op finds scales per token itself.")
+        raise value_error(
+            OP, next(iter(given)), got, "None unless quant='per_tensor'", "The op finds scales per token itself."
+        )
     return cache.replace(**{n: scalar(OP, n, v) for n, v in given.items()}) if given else cache
 
 
@@ -324,7 +340,9 @@ def qk_norm_rope_cache(
     Sharding: heads without any collective (a tuple whose heads are sharded, a cache sharded by kv head). Tokens inside ``shard_map``
     without any; outside, tokens that are sharded are gathered, for every one of them goes into the cache.
     """
-    kv_heads, q_heads = (check_positive(OP, n, v) for n, v in (("num_kv_heads", num_kv_heads), ("num_q_heads", num_q_heads)))
+    kv_heads, q_heads = (
+        check_positive(OP, n, v) for n, v in (("num_kv_heads", num_kv_heads), ("num_q_heads", num_q_heads))
+    )
     g = _check_cache(cache, kv_heads)
     arrays = _inputs(qkv, q_heads, kv_heads, g)
     tokens = next(iter(arrays.values())).shape[0]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from .._cache import Geometry
 from .._types import QuantSpec
-from ._common import f32
+from ._common import f32, rounded
 from .quant import divide, encode, quantize
 
 Pair = tuple[jax.Array, jax.Array]
@@ -30,13 +30,18 @@ def place(slots: jax.Array, g: Geometry) -> Pair:
 
 def codes(v: jax.Array, g: Geometry, scale: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """``v [T, H, D]`` as it is stored, and its scales ``[T, H]`` if it has its own. ``scale``: the one of all (per_tensor)."""
+    if v.dtype == g.dtype:
+        return v, None
+    exact = rounded(
+        f32(v), v.dtype
+    )  # of the values as they are returned, whatever the compiler makes of the cast before
     if g.quant is None:
-        return v.astype(g.dtype), None
+        return exact.astype(g.dtype), None
     spec = QuantSpec(g.dtype)
     if g.quant == "per_tensor":
         assert scale is not None
-        return encode(divide(f32(v), scale), spec), None
-    stored, scales = quantize(f32(v), spec)
+        return encode(divide(exact, scale), spec), None
+    stored, scales = quantize(exact, spec)
     return stored, scales[..., 0]
 
 

@@ -141,7 +141,8 @@ def shares(problem: Problem, found: list[Part], walk: Walk) -> list[int]:
     total = compute_units(problem.target) * walk.per_unit
     work = [p.tokens * p.heads for p in found]
     return [
-        max(1, min(blocks(problem, p, walk.deal), _ceil(total * w, sum(work)))) for p, w in zip(found, work, strict=True)
+        max(1, min(blocks(problem, p, walk.deal), _ceil(total * w, sum(work))))
+        for p, w in zip(found, work, strict=True)
     ]
 
 
@@ -191,4 +192,3 @@ def _reduce_launch(problem: Problem, each: list[int], weights: list[str]) -> Lau
         threads=columns * slices,
         shared=slices // 2 * columns * v * 4,
     )
-

@@ -66,4 +66,3 @@ def _launch(problem: Problem, found: list, deal: Deal | None) -> Launch:
         scalars=position_scalars(problem, found[0].tokens),
         threads=deal.threads,
     )
-
