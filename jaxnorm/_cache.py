@@ -1,6 +1,6 @@
 """KVCache: keys and values of past tokens in pages, quantised or not, as a pytree.
 
-    layout    k [.., ..]                          v                                   scales, one a token and head
+    layout    k                                   v                                   scales, one a token and head
     shuffled  [B, Hk, D/X, P, X]                  [B, Hk, P/X, D, X]                  [B, Hk, P]
     paged     [B, P, Hk, D]                       the same                            [B, P, Hk]
     slots     [S, Hk, D]                          the same                            [S, Hk]
@@ -22,7 +22,8 @@ import numpy as np
 from jax import export
 
 from ._compile import target as _target
-from ._types import FP8, DTYPES as CODES
+from ._types import DTYPES as CODES
+from ._types import FP8
 from .errors import type_error, value_error
 
 LAYOUTS = ("shuffled", "paged", "slots")
@@ -142,7 +143,7 @@ class KVCache:
     and ``while_loop``, and it is written in place.
 
     Attributes:
-      k, v:             bfloat16, float16, float32; int8 or fp8 with ``quant``. Shapes (B pages of P slots, X = 16 bytes of elements):
+      k, v:             bfloat16, float16, float32; int8 or fp8 with ``quant``. With B pages of P slots, X = 16 bytes of elements:
                         "shuffled" k [B, Hk, D/X, P, X], v [B, Hk, P/X, D, X]; "paged" [B, P, Hk, D]; "slots" [B * P, Hk, D].
       k_scale, v_scale: what a code is multiplied with, float32: one a token and head ("per_token": [B, Hk, P], [B, P, Hk],
                         [B * P, Hk]), a scalar ("per_tensor"), or None.

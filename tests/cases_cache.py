@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,11 +143,10 @@ class Case:
         import jax
         import jax.numpy as jnp
 
-        f = jax.jit(lambda qkv, a, cache: self.op(qkv, a, cache, backend), donate_argnums=2)
         rest = {n: jnp.asarray(a) for n, a in arrays.items() if not n.startswith("cache.") and n not in ("q", "k", "v")}
         qkv = jax.tree.map(jnp.asarray, self.qkv(arrays))
         cache = jax.tree.map(lambda a: jnp.array(a, copy=True), self.cache(arrays))
-        return self.named(f(qkv, rest, cache))
+        return self.named(_jitted(self, backend)(qkv, rest, cache))
 
     def named(self, out: Any) -> dict[str, np.ndarray]:
         *heads, cache = out
@@ -221,6 +221,13 @@ class Case:
 
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)
+
+
+@functools.cache
+def _jitted(case: Case, backend: str | None) -> Any:
+    import jax
+
+    return jax.jit(lambda qkv, a, cache: case.op(qkv, a, cache, backend), donate_argnums=2)
 
 
 def bytes_of(a: Any) -> np.ndarray:

@@ -110,6 +110,7 @@ LAYERS = (
     "errors _version _paths _compat kernels _tune _compile.code_object",
     "_types",
     "_compile _stage _native",
+    "_cache",
     "_ref",
     "_tune.plans",
     "_launch _sharding",

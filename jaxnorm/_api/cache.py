@@ -1,7 +1,8 @@
 """The KV cache: ``qk_norm_rope_cache`` writes it, ``KVCache.gather`` reads it. One stage, hence one kernel launch, each.
 
-The cache's arrays are operands and results of the stage, and a kernel writes the results in place of the operands: the program copies
-a cache that its caller did not donate. All tokens of a call meet in one cache, so sharded tokens are gathered; kv heads are not.
+The cache's arrays are operands and results of the stage, and a kernel writes the results in place of the operands: the program
+copies a cache that its caller did not donate. All tokens of a call meet in one cache, so sharded tokens are gathered; kv heads are
+not.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ DIMS = {
 }
 BUFFERS = ("k_cache", "v_cache", "k_scale", "v_scale")
 ONE_PER_RANK = (
-    "Packed qkv holds q, k and v of all heads: shard it inside shard_map, packed per rank, or pass a tuple (q, k, v) whose heads are "
-    "sharded."
+    "Packed qkv holds q, k and v of all heads: shard it inside shard_map, packed per rank, or pass a tuple (q, k, v) whose heads "
+    "are sharded."
 )
 
 
@@ -83,7 +84,7 @@ def _gather_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arra
     return {f"{n}_out": x.reshape(*lead, *x.shape[1:]) for n, x in zip("kv", found, strict=True)}
 
 
-_PLANS = {"triton": "qk_cache_triton", "hip": "qk_cache_hip"}
+_PLANS: dict[str, str] = {}
 WRITE = register_stage(StageDef("qk_norm_rope_cache_fwd", OP, _write_reference, _PLANS))
 READ = register_stage(StageDef("kv_cache_gather", GATHER, _gather_reference, _PLANS))
 
@@ -337,8 +338,8 @@ def qk_norm_rope_cache(
       UnsupportedError: the named backend cannot serve the call here.
 
     Gradients: none; differentiating raises a TypeError that names :func:`qk_norm_rope`.
-    Sharding: heads without any collective (a tuple whose heads are sharded, a cache sharded by kv head). Tokens inside ``shard_map``
-    without any; outside, tokens that are sharded are gathered, for every one of them goes into the cache.
+    Sharding: heads without any collective (a tuple whose heads are sharded, a cache sharded by kv head). Tokens inside
+    ``shard_map`` without any; outside, tokens that are sharded are gathered, for every one of them goes into the cache.
     """
     kv_heads, q_heads = (
         check_positive(OP, n, v) for n, v in (("num_kv_heads", num_kv_heads), ("num_q_heads", num_q_heads))

@@ -58,9 +58,12 @@ def _max_abs(v: jax.Array, axes: Axes) -> jax.Array:
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The IEEE quotient: hidden from the compiler's rewriting of a division by a constant or a broadcast into a product."""
+    """The IEEE quotient: hidden from the compiler's rewriting of a division by a constant or a broadcast into a product.
+
+    The choice between b and b gives b the batch of a under vmap: broadcast behind the barrier, it would be rewritten after all.
+    """
     a, b = jnp.broadcast_arrays(a, b)
-    return jax.lax.div(a, jax.lax.optimization_barrier(b))
+    return jax.lax.div(a, jax.lax.optimization_barrier(jax.lax.select(a == a, b, b)))
 
 
 def exponent(a: jax.Array, spec: QuantSpec) -> jax.Array:
