@@ -79,7 +79,8 @@ def expected(layout: str, dtype: str) -> tuple[str, str]:
     x = 16 // np.dtype(dtype).itemsize
     if layout == "shuffled":
         return f"[B, Hk, D/{x}, P, {x}]", f"[B, Hk, P/{x}, D, {x}]"
-    return ("[B, P, Hk, D]",) * 2 if layout == "paged" else ("[B * P, Hk, D]",) * 2
+    same = "[B, P, Hk, D]" if layout == "paged" else "[B * P, Hk, D]"
+    return same, same
 
 
 def positive(op: str, argument: str, value: Any) -> int:
