@@ -111,14 +111,68 @@ JN_DEV void barrier() {
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 #endif
 }
-template <int D> JN_DEV float shfl_xor(float v) {
-  const int i = __builtin_bit_cast(int, v);
-  if constexpr (D < 32) {  // bit mode of ds_swizzle: and 31, or 0, xor D within each half of 32 lanes
-    return __builtin_bit_cast(float, __builtin_amdgcn_ds_swizzle(i, (D << 10) | 31));
+// Values of other lanes through the vector ALU wherever it reaches them: an exchange through the crossbar of the LDS
+// (ds_swizzle, ds_bpermute) has the latency of an LDS read and a wait, one by DPP that of an ALU instruction, and
+// mostly it becomes an operand of the addition that follows. DPP stays within rows of 16 lanes. Between rows gfx950 has
+// swaps and gfx10 on v_permlanex16; gfx90a and gfx942 have only the crossbar for the distances 16 and 32.
+// tests/test_hip_lanes.py reads the controls back from the assembly and proves which lane each of them reads.
+#if defined(__gfx950__)
+#define JN_LANE_SWAPS 1
+#endif
+#if !defined(__GFX9__)
+#define JN_ROW_XMASK 1
+#endif
+template <int CONTROL> JN_DEV int dpp(int i) { return __builtin_amdgcn_mov_dpp(i, CONTROL, 0xf, 0xf, true); }
+JN_DEV int lane_id() { return int(__builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u))); }
+#if defined(JN_LANE_SWAPS)
+struct Swapped {
+  u32 a, b;
+};
+// Exchanges the odd rows (D = 16) or the upper half (D = 32) of a with the even rows or the lower half of b.
+template <int D> JN_DEV Swapped lane_swap(u32 a, u32 b) {
+  static_assert(D == 16 || D == 32, "lanes");
+  if constexpr (D == 16) {
+    const auto r = __builtin_amdgcn_permlane16_swap(a, b, false, false);
+    return Swapped{r[0], r[1]};
   } else {
-    const int lane = int(__builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u)));
-    return __builtin_bit_cast(float, __builtin_amdgcn_ds_bpermute((lane ^ D) << 2, i));
+    const auto r = __builtin_amdgcn_permlane32_swap(a, b, false, false);
+    return Swapped{r[0], r[1]};
   }
+}
+#endif
+template <int D> JN_DEV int lane_xor(int i) {
+  static_assert(D >= 1 && D < kWave && (D & (D - 1)) == 0, "distance");
+  constexpr int xor1 = 0xb1, xor2 = 0x4e, xor3 = 0x1b;  // quad_perm:[1,0,3,2], [2,3,0,1], [3,2,1,0]
+  constexpr int ror8 = 0x128, half_mirror = 0x141, xmask = 0x160 | (D & 15);  // of 16; xor 7; row_xmask
+  if constexpr (D == 1) {
+    return dpp<xor1>(i);
+  } else if constexpr (D == 2) {
+    return dpp<xor2>(i);
+#if defined(JN_ROW_XMASK)
+  } else if constexpr (D < 16) {
+    return dpp<xmask>(i);
+  } else {
+    return __builtin_amdgcn_permlanex16(i, i, 0x76543210, 0xfedcba98, false, false);
+#else
+  } else if constexpr (D == 4) {
+    return dpp<xor3>(dpp<half_mirror>(i));
+  } else if constexpr (D == 8) {
+    return dpp<ror8>(i);
+#if defined(JN_LANE_SWAPS)
+  } else {
+    const Swapped s = lane_swap<D>(u32(i), u32(i));
+    return int((lane_id() & D) ? s.a : s.b);
+#else
+  } else if constexpr (D == 16) {  // bit mode of ds_swizzle: and 31, or 0, xor D within each half of 32 lanes
+    return __builtin_amdgcn_ds_swizzle(i, (D << 10) | 31);
+  } else {
+    return __builtin_amdgcn_ds_bpermute((lane_id() ^ D) << 2, i);
+#endif
+#endif
+  }
+}
+template <int D> JN_DEV float shfl_xor(float v) {
+  return __builtin_bit_cast(float, lane_xor<D>(__builtin_bit_cast(int, v)));
 }
 JN_DEV unsigned char* shared_memory() {
   extern __attribute__((shared)) __attribute__((aligned(16))) unsigned char memory[];

@@ -10,6 +10,15 @@
 
 namespace jaxnorm {
 
+#if defined(JN_LANE_SWAPS)
+// a of this lane and of the lane D away where this one is the lower of the two, b of both where it is the upper. The
+// order of the two does not matter to a sum.
+template <int D> JN_DEV float swapped_sum(float a, float b) {
+  const Swapped s = lane_swap<D>(f32_bits(a), f32_bits(b));
+  return bits_f32(s.a) + bits_f32(s.b);
+}
+#endif
+
 // Sums each of B values over the lanes of a wave with about B + log2(wave) shuffles instead of B * log2(wave): at each
 // distance a lane keeps one of two values and gives the other away. Afterwards a lane holds the sum of value
 // packed_index<B>(lane).
@@ -17,6 +26,13 @@ template <int D, int B> JN_DEV float packed_sum(float (&v)[B], u32 lane) {
   if constexpr (D == 0) {
     static_assert(B == 1, "more values than lanes");
     return v[0];
+#if defined(JN_LANE_SWAPS)
+  } else if constexpr (D >= 16) {  // one exchange serves both: no value to choose, the same sums
+    float half[(B + 1) / 2];
+#pragma unroll
+    for (int j = 0; j < (B + 1) / 2; ++j) half[j] = swapped_sum<D>(v[2 * j], v[min_of(2 * j + 1, B - 1)]);
+    return packed_sum<D / 2>(half, lane);
+#endif
   } else if constexpr (B == 1) {
     v[0] += shfl_xor<D>(v[0]);
     return packed_sum<D / 2>(v, lane);
@@ -40,6 +56,9 @@ template <int B> JN_DEV int packed_index(u32 lane) {
 }
 
 template <int D> JN_DEV float lanes_sum(float v) {
+#if defined(JN_LANE_SWAPS)
+  if constexpr (D >= 16) return lanes_sum<D / 2>(swapped_sum<D>(v, v));
+#endif
   if constexpr (D > 0)
     return lanes_sum<D / 2>(v + shfl_xor<D>(v));
   else
@@ -47,6 +66,9 @@ template <int D> JN_DEV float lanes_sum(float v) {
 }
 // The same from distance LOW up to HIGH, the largest first: sums over the bits that packed_sum used for the index.
 template <int D, int STOP> JN_DEV float index_bits_sum(float v) {
+#if defined(JN_LANE_SWAPS)
+  if constexpr (D < STOP && D >= 16) return index_bits_sum<D * 2, STOP>(swapped_sum<D>(v, v));
+#endif
   if constexpr (D < STOP)
     return index_bits_sum<D * 2, STOP>(v + shfl_xor<D>(v));
   else

@@ -54,6 +54,12 @@ template <int LANES> JN_DEV float lanes_max(float v) {
     return bits_f32(r);
   }
 #endif
+#if defined(JN_LANE_SWAPS)
+  if constexpr (LANES > 16) {
+    const Swapped s = lane_swap<LANES / 2>(f32_bits(v), f32_bits(v));
+    return lanes_max<LANES / 2>(max_or_nan(bits_f32(s.a), bits_f32(s.b)));
+  }
+#endif
   if constexpr (LANES > 1)
     return lanes_max<LANES / 2>(max_or_nan(v, shfl_xor<LANES / 2>(v)));
   else
