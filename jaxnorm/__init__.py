@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from . import aiter as aiter
+    from . import linen as linen
+    from . import nnx as nnx
     from ._api.cache import qk_norm_rope_cache
     from ._api.groupnorm import groupnorm
     from ._api.layernorm import add_layernorm, layernorm
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from ._dispatch import BackendInfo, backends, use_backend
     from ._explain import Choice, explain
     from ._export import export_checks
+    from ._swap import swap
     from ._types import Quantized, QuantSpec
     from .errors import UnsupportedError
 
@@ -54,6 +58,7 @@ __all__ = [
     "rmsnorm_quant",
     "rope",
     "rope_table",
+    "swap",
     "use_backend",
     "use_target",
 ]
@@ -85,12 +90,12 @@ _HOME = {
     "rmsnorm_quant": "_api.quant",
     "rope": "_api.rope",
     "rope_table": "_api.rope",
+    "swap": "_swap",
     "use_backend": "_dispatch",
     "use_target": "_compile.target",
 }
-
-
-_MODULES = ("distributed",)
+# Modules, also at first use: linen and nnx import flax, which is optional.
+_MODULES = ("aiter", "distributed", "linen", "nnx")
 
 
 def __getattr__(name: str) -> Any:
@@ -104,4 +109,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])
