@@ -2,12 +2,13 @@
 //
 // A fiber runs until it meets a barrier or a shuffle and then yields. This proves indexing, tails, reductions,
 // arithmetic, and that all threads reach each barrier (it aborts otherwise); not memory order, hardware conversions or
-// speed. To show more than one lucky order: fibers run forwards, backwards or shuffled; shared memory is filled with
+// speed. A device is an operating-system thread. To show more than one lucky order: fibers run forwards, backwards or shuffled; shared memory is filled with
 // NaN before every block; an asynchronous copy happens as late as the kernel allows, when it is waited for.
 #pragma once
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 namespace simt {
@@ -40,15 +42,15 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
-inline std::vector<std::unique_ptr<Fiber>> fibers;
-inline int wave = 32, current = 0;
-inline Dim3 block_index;
-inline ucontext_t scheduler;
-inline std::function<void()> body;
-inline std::vector<float> exchange;
-inline std::vector<int> distance;
-inline std::vector<unsigned char> shared_bytes;
-inline unsigned char* shared_start = nullptr;
+inline thread_local std::vector<std::unique_ptr<Fiber>> fibers;
+inline thread_local int wave = 32, current = 0;
+inline thread_local Dim3 block_index;
+inline thread_local ucontext_t scheduler;
+inline thread_local std::function<void()> body;
+inline thread_local std::vector<float> exchange;
+inline thread_local std::vector<int> distance;
+inline thread_local std::vector<unsigned char> shared_bytes;
+inline thread_local unsigned char* shared_start = nullptr;
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "simt: %s (block %u, %u, thread %d)\n", what, block_index.x, block_index.y, current);
@@ -73,6 +75,12 @@ inline float shuffle_xor(float v, int mask) {
   if (distance[t / wave * wave + (t % wave ^ mask)] != mask) fail("lanes of a wave shuffle over different distances");
   yield(Wait::kShuffle);  // every lane has read
   return r;
+}
+
+// For kernels that wait for other devices, which are other threads of the process with fibers of their own.
+inline void pause() { std::this_thread::yield(); }
+inline unsigned long long nanoseconds() {
+  return static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
 
 inline void async_copy(unsigned char* to, const char* from, int bytes) {

@@ -1,0 +1,344 @@
+// Norm (and quantisation) of the sum over ranks of partial rows, in one launch on each of RANKS devices (peers.h).
+//
+// One-shot: every rank pushes its partial rows to all others and works out every row itself: one exchange, RANKS - 1
+// times the bytes. Two-shot: a row goes to its owner, who works it out and pushes the result to all: two exchanges. Data
+// is pushed, never pulled, and into workspaces only. The sum runs over the ranks in ascending order, in float32, and a
+// row is never split between blocks, so both ways and every grid give the same bits.
+#pragma once
+#include "jaxnorm/peers.h"
+#include "jaxnorm/quant.h"
+
+namespace jaxnorm {
+
+// n = sum over ranks of their partial rows [+ residual], which is written as residual_out to COPIES places.
+template <class X, class R, int V, int RANKS, int COPIES> struct RankSource {
+  struct Raw {
+    Chunk<X, V> part[RANKS];
+    Chunk<R, V> r;
+  };
+  struct Kept {
+    float f[V];
+  };
+  using XType = X;
+  const char* part[RANKS];
+  const char* residual;
+  char* out[COPIES];
+
+  JN_DEV Raw fetch(u64 start, int offset) const {
+    Raw raw;
+#pragma unroll
+    for (int p = 0; p < RANKS; ++p) raw.part[p] = load_chunk<X, V, true>(part[p] + start * X::size + offset * X::size);
+    if constexpr (R::size > 0) raw.r = load_chunk<R, V, true>(residual + start * R::size + offset * R::size);
+    return raw;
+  }
+  JN_DEV void values(const Raw& raw, float (&f)[V]) const {
+    widen<X, V>(raw.part[0], f);
+#pragma unroll
+    for (int p = 1; p < RANKS; ++p) {
+      float g[V];
+      widen<X, V>(raw.part[p], g);
+#pragma unroll
+      for (int i = 0; i < V; ++i) f[i] += g[i];
+    }
+    if constexpr (R::size > 0) {
+      float g[V];
+      widen<R, V>(raw.r, g);
+#pragma unroll
+      for (int i = 0; i < V; ++i) f[i] += g[i];
+    }
+  }
+  JN_DEV void kept_values(const Kept& kept, float (&f)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) f[i] = kept.f[i];
+  }
+  JN_DEV Kept keep(const Raw&, const float (&f)[V]) const {
+    Kept kept;
+#pragma unroll
+    for (int i = 0; i < V; ++i) kept.f[i] = f[i];
+    return kept;
+  }
+  JN_DEV void settle(const float (&f)[V], u64 start, int offset) const {
+    if constexpr (R::size > 0) {
+      const Chunk<R, V> bits = narrow<R, V>(f);
+#pragma unroll
+      for (int d = 0; d < COPIES; ++d) store_bits(out[d] + start * R::size + offset * R::size, bits);
+    }
+  }
+  // Rows stay in registers; this is what Row names and never calls.
+  template <int THREADS> struct Stashed {
+    static constexpr int footprint = 0;
+    static JN_DEV void fetch(const RankSource&, unsigned char*, u32, u64, int) {}
+    static JN_DEV Raw read(const unsigned char*, u32) { return Raw{}; }
+  };
+};
+
+// Codes and row-layout scales to COPIES places.
+template <class S, class Q, int COPIES> struct SpreadCodes {
+  static constexpr int V = S::V, BITS = Q::Code::bits, ROW_BYTES = S::N * BITS / 8;
+  static constexpr int GROUPS = Q::GROUP ? S::N / (Q::GROUP ? Q::GROUP : 1) : 1;
+  static constexpr int SCALE_BYTES = Q::POWER ? 1 : 4, SCALE_ROW = GROUPS * SCALE_BYTES;
+  static constexpr u32 kBad = Q::POWER ? 0xffu : 0x7fc00000u;
+  char* values[COPIES];
+  char* scale[COPIES];
+
+  JN_DEV void store_codes(u64 row, u32 lane, int k, bool has, const float (&q)[V]) const {
+    if (!has) return;
+    const Bits<V * BITS / 8> bits = encode<typename Q::Code, V>(q);
+    const u64 at = row * ROW_BYTES + lane * (V * BITS / 8) + k * (S::STEP * BITS / 8);
+#pragma unroll
+    for (int d = 0; d < COPIES; ++d) store_bits(values[d] + at, bits);
+  }
+  static JN_DEV void put(char* to, u32 bits) {
+    if constexpr (Q::POWER)
+      *(u8*)to = u8(bits);
+    else
+      *(u32*)to = bits;
+  }
+  JN_DEV void store_scale(u64 row, u32 j, u32 bits) const {
+#pragma unroll
+    for (int d = 0; d < COPIES; ++d) put(scale[d] + row * SCALE_ROW + j * SCALE_BYTES, bits);
+  }
+  JN_DEV void finish_row(u64, u32) const {}
+};
+
+// y to COPIES places.
+template <class S, class X, class W, int COPIES, bool OFFSET, bool BEFORE> struct SpreadRows {
+  static constexpr int V = S::V, ROW_BYTES = S::N * X::size;
+  const char* weight;
+  float offset;
+  char* y[COPIES];
+
+  JN_DEV void store(u64 row, u32 lane, int k, float (&f)[V]) const {
+    if constexpr (BEFORE) widen<X, V>(narrow<X, V>(f), f);
+    if constexpr (W::size > 0) {
+      float w[V];
+      widen<W, V>(load_chunk<W, V, false>(weight + lane * (V * W::size) + k * S::STEP * W::size), w);
+#pragma unroll
+      for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
+    }
+    const Chunk<X, V> bits = narrow<X, V>(f);
+    const u64 at = row * ROW_BYTES + (lane * V + k * S::STEP) * X::size;
+#pragma unroll
+    for (int d = 0; d < COPIES; ++d) store_bits(y[d] + at, bits);
+  }
+  JN_DEV void finish(u64, u32) const {}
+};
+
+// ---- moving rows
+
+// BYTES of a row, a multiple of 16, from memory to COPIES places; all threads of the block.
+template <int BYTES, int THREADS, int COPIES> JN_DEV void copy_row(char* const (&to)[COPIES], const char* from) {
+  constexpr int pieces = BYTES / 16, per = ceil_div(pieces, THREADS), batch = min_of(per, 8);
+  static_assert(BYTES % 16 == 0, "whole pieces");
+  const u32 thread = thread_id();
+#pragma unroll 1
+  for (int first = 0; first < per; first += batch) {
+    Bits<16> bits[batch];
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      const u32 piece = (first + k) * THREADS + thread;
+      if (piece < u32(pieces)) bits[k] = load_piece<16, true>(from + u64(piece) * 16);
+    }
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      const u32 piece = (first + k) * THREADS + thread;
+      if (piece >= u32(pieces)) continue;
+#pragma unroll
+      for (int d = 0; d < COPIES; ++d) store_bits(to[d] + u64(piece) * 16, bits[k]);
+    }
+  }
+}
+template <int BYTES, int THREADS> JN_DEV void copy_row(char* to, const char* from) {
+  char* const one[1] = {to};
+  copy_row<BYTES, THREADS>(one, from);
+}
+template <int BYTES, int UNIT, int THREADS> JN_DEV void copy_scales(char* to, const char* from) {
+  for (u32 at = thread_id() * UNIT; at < u32(BYTES); at += THREADS * UNIT) {
+    if constexpr (UNIT == 4)
+      *(u32*)(to + at) = *(const u32*)(from + at);
+    else
+      *(u8*)(to + at) = *(const u8*)(from + at);
+  }
+}
+
+// ---- the call
+
+// What a row of a result is, and how a row is worked out. QUANT: codes and scales, else y in the partials' dtype.
+struct Buffers {
+  const char* x;
+  const char* residual;
+  const char* weight;
+  char* values;
+  char* scale;
+  char* residual_out;
+};
+
+template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, bool BEFORE> struct RankNorm {
+  static constexpr int N = S::N, V = S::V, THREADS = S::THREADS;
+  using Codes = SpreadCodes<S, Q, 1>;
+  static constexpr int X_ROW = N * X::size, R_ROW = N * R::size, VALUE_ROW = QUANT ? Codes::ROW_BYTES : X_ROW;
+  static constexpr int SCALE_ROW = QUANT ? Codes::SCALE_ROW : 0, SCALE_UNIT = Codes::SCALE_BYTES;
+  template <int RANKS, int COPIES> using Source = RankSource<X, R, V, RANKS, COPIES>;
+  using Weights = Weighted<S, X, W, None, None, N, OFFSET, BEFORE, false>;
+  template <class Src, int COPIES>
+  using Work = QuantRow<S, Q, Src, RmsNorm<N>, Weights, SpreadCodes<S, Q, COPIES>>;
+  static constexpr int sum_bytes = S::Sum::bytes;
+  static constexpr int maxima_bytes = QUANT ? Work<Source<2, 1>, 1>::bytes : 0;
+  static constexpr int shared_bytes = 2 * sum_bytes + maxima_bytes;
+
+  RmsNorm<N> norm;
+  const char* weight;
+  float offset, bound;
+  u32 turn = 0;  // which of two buffers the next sum uses: one barrier a sum is then enough
+
+  // Row `row` of the source to the same row of COPIES results.
+  template <int RANKS, int RESIDUALS, int COPIES>
+  JN_DEV void row(const Source<RANKS, RESIDUALS>& source, char* const (&values)[COPIES], char* const (&scale)[COPIES],
+                  u64 row) {
+    using Src = Source<RANKS, RESIDUALS>;
+    const u32 lane = thread_id();
+    float* sums = (float*)(shared_memory() + turn * sum_bytes);
+    turn ^= 1u;
+    Row<S, Src> one{source, nullptr, row, row * N + lane * V, lane, true};
+    one.issue();
+    if constexpr (QUANT) {
+      SpreadCodes<S, Q, COPIES> store;
+#pragma unroll
+      for (int d = 0; d < COPIES; ++d) store.values[d] = values[d], store.scale[d] = scale[d];
+      const Weights weights{weight, nullptr, nullptr, offset};
+      const auto state = norm.statistics(one, sums);
+      float* maxima = (float*)(shared_memory() + 2 * sum_bytes);
+      Work<Src, COPIES>{one, norm, weights, store, maxima, state}.run(nullptr, bound);
+    } else {
+      SpreadRows<S, X, W, COPIES, OFFSET, BEFORE> store;
+      store.weight = weight, store.offset = offset;
+#pragma unroll
+      for (int d = 0; d < COPIES; ++d) store.y[d] = values[d];
+      finish_row<S>(one, norm, store, nullptr, sums);
+    }
+  }
+
+  // What a reader cannot mistake for a result.
+  JN_DEV void poison(const Buffers& b, u64 row, u64 residual_row, bool with_residual) const {
+    if constexpr (QUANT) {
+      for (u32 j = thread_id(); j < u32(Codes::GROUPS); j += THREADS)
+        Codes::put(b.scale + row * SCALE_ROW + j * SCALE_UNIT, Codes::kBad);
+    } else {
+      fill(b.values + row * VALUE_ROW, VALUE_ROW);
+    }
+    if (R::size > 0 && with_residual) fill(b.residual_out + residual_row * R_ROW, R_ROW);
+  }
+
+ private:
+  static JN_DEV void fill(char* to, int bytes) {  // NaN in every float format
+    for (u32 at = thread_id() * 4; at < u32(bytes); at += THREADS * 4) *(u32*)(to + at) = 0xffffffffu;
+  }
+};
+
+// Every rank works out all rows. residual is replicated, as is residual_out.
+template <int RANKS, class Work>
+JN_DEV bool one_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 half_bytes, u32 rows, u32 blocks) {
+  constexpr int row_bytes = Work::X_ROW;
+  const u32 rank = meeting.rank;
+  const u64 slot = u64(rows) * row_bytes;
+  for (u32 row = block_x(); row < rows; row += blocks) {
+    char* to[RANKS - 1];
+#pragma unroll
+    for (int d = 1; d < RANKS; ++d)
+      to[d - 1] = meeting.half(d, half_bytes) + rank * slot + u64(row) * row_bytes;
+    copy_row<row_bytes, Work::THREADS>(to, b.x + u64(row) * row_bytes);
+  }
+  meeting.signal(0);
+  if (!meeting.wait(0)) return false;
+  typename Work::template Source<RANKS, 1> source;
+  char* mine = meeting.half(0, half_bytes);
+#pragma unroll
+  for (int p = 0; p < RANKS; ++p) source.part[p] = u32(p) == rank ? b.x : mine + p * slot;
+  source.residual = b.residual, source.out[0] = b.residual_out;
+  char* const values[1] = {b.values};
+  char* const scale[1] = {b.scale};
+  for (u32 row = block_x(); row < rows; row += blocks) work.row(source, values, scale, row);
+  return true;
+}
+
+// The rows of rank r are r * share .. ; it works them out. GATHER: everyone gets the results. REPLICATED: of the
+// residual, too, which is then whole on every rank; else it is the rank's own rows.
+template <int RANKS, bool GATHER, bool REPLICATED, class Work>
+JN_DEV bool two_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 half_bytes, u32 rows, u32 share,
+                     u32 blocks) {
+  constexpr int x_row = Work::X_ROW, value_row = Work::VALUE_ROW, scale_row = Work::SCALE_ROW, r_row = Work::R_ROW;
+  constexpr int copies = GATHER ? RANKS : 1, residual_copies = REPLICATED ? RANKS : 1;
+  const u32 rank = meeting.rank, first = rank * share;
+  const u64 slot = u64(share) * x_row, values_at = RANKS * slot, scale_at = values_at + u64(RANKS) * share * value_row;
+  const u64 residual_at = scale_at + (u64(RANKS) * share * scale_row + 15) / 16 * 16;
+  for (u32 i = block_x(); i < share; i += blocks) {
+#pragma unroll
+    for (int d = 1; d < RANKS; ++d) {
+      const u32 row = meeting.at(d) * share + i;
+      if (row < rows)
+        copy_row<x_row, Work::THREADS>(meeting.half(d, half_bytes) + rank * slot + u64(i) * x_row,
+                                       b.x + u64(row) * x_row);
+    }
+  }
+  meeting.signal(0);
+  if (!meeting.wait(0)) return false;
+
+  typename Work::template Source<RANKS, residual_copies> source;
+  char* mine = meeting.half(0, half_bytes);
+#pragma unroll
+  for (int p = 0; p < RANKS; ++p) source.part[p] = u32(p) == rank ? b.x + u64(first) * x_row : mine + p * slot;
+  source.residual = b.residual + (REPLICATED ? u64(first) * r_row : 0);
+  char* values[copies];
+  char* scale[copies];
+#pragma unroll
+  for (int d = 0; d < copies; ++d) {  // the result of this rank itself first
+    char* there = meeting.half(d, half_bytes);
+    const u64 from = GATHER ? first : 0;
+    values[d] = (d == 0 ? b.values : there + values_at) + from * value_row;
+    scale[d] = (d == 0 ? b.scale : there + scale_at) + from * scale_row;
+  }
+#pragma unroll
+  for (int d = 0; d < residual_copies; ++d)
+    source.out[d] = (d == 0 ? b.residual_out : meeting.half(d, half_bytes) + residual_at) +
+                    (REPLICATED ? u64(first) * r_row : 0);
+  const u32 own = first >= rows ? 0 : min_of(int(share), int(rows - first));
+  for (u32 i = block_x(); i < own; i += blocks) work.row(source, values, scale, i);
+  if constexpr (!GATHER) return true;
+
+  meeting.signal(1);
+  if (!meeting.wait(1)) return false;
+  for (u32 i = block_x(); i < share; i += blocks) {
+#pragma unroll
+    for (int d = 1; d < RANKS; ++d) {
+      const u32 row = meeting.at(d) * share + i;
+      if (row >= rows) continue;
+      copy_row<value_row, Work::THREADS>(b.values + u64(row) * value_row, mine + values_at + u64(row) * value_row);
+      if constexpr (scale_row > 0)
+        copy_scales<scale_row, Work::SCALE_UNIT, Work::THREADS>(b.scale + u64(row) * scale_row,
+                                                                mine + scale_at + u64(row) * scale_row);
+      if constexpr (REPLICATED && r_row > 0)
+        copy_row<r_row, Work::THREADS>(b.residual_out + u64(row) * r_row, mine + residual_at + u64(row) * r_row);
+    }
+  }
+  return true;
+}
+
+// The rows whose results this block would have written.
+template <int RANKS, bool ONE_SHOT, bool GATHER, bool REPLICATED, class Work>
+JN_DEV void poison(const Work& work, const Buffers& b, u32 rank, u32 rows, u32 share, u32 blocks) {
+  if constexpr (ONE_SHOT) {
+    for (u32 row = block_x(); row < rows; row += blocks) work.poison(b, row, row, true);
+  } else {
+    const u32 first = rank * share;
+    for (u32 i = block_x(); i < share; i += blocks) {
+#pragma unroll 1
+      for (u32 r = 0; r < u32(RANKS); ++r) {
+        const u32 row = r * share + i;
+        if (row >= rows || (!GATHER && r != rank)) continue;
+        work.poison(b, GATHER ? row : row - first, REPLICATED ? row : i, REPLICATED || r == rank);
+      }
+    }
+  }
+}
+
+}  // namespace jaxnorm
