@@ -89,3 +89,14 @@ def all_gather_equal(a: jax.Array, axis: str | tuple[str, ...], *, tiled: bool) 
     if not tracks_varying(axis):
         return jax.lax.all_gather(a, axis, tiled=tiled)
     return jax.lax.all_gather(vary_over(a, axis), axis, tiled=tiled, to="invarying")
+
+
+def lowered_mesh(context: Any) -> Any | None:
+    """The mesh, with its devices, that a lowering rule inside ``shard_map`` or ``pmap`` lowers for; None where it is abstract.
+
+    An exported program must not depend on devices, so there is none either.
+    """
+    if getattr(context.lowering_parameters, "for_export", False):
+        return None
+    mesh = getattr(context.axis_context, "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else None

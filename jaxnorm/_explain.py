@@ -49,6 +49,9 @@ def explain(fn: Callable[..., Any], *args: Any) -> Choices:
     platform = _platform()
     found = Choices()
     for call, avals in _stages(jax.make_jaxpr(fn)(*args).jaxpr):
+        if avals is None:
+            found.append(_distributed(call))
+            continue
         p = _launch.problem(call, avals, "" if platform == "cpu" else target.resolve(platform, call.targets))
         found.append(_choice(call, p, _dispatch.choose(call, p, platform)))
     return found
@@ -77,6 +80,13 @@ def _choice(call: Any, p: Any, chosen: _dispatch.Chosen) -> Choice:
     return Choice(_name(call), chosen.backend, kernels, config, chosen.reason, chosen.rejected)
 
 
+def _distributed(decision: Any) -> Choice:
+    """A distributed call; the local ops of a composite follow as entries of their own."""
+    if not decision.fused:
+        return Choice(decision.op, "composite", "XLA collectives", "", decision.reason, ())
+    return Choice(decision.op, "fused", decision.launch.kernel, _config(decision.launch), decision.reason, ())
+
+
 def _platform() -> str:
     named = dict(target.named())
     default = target.default_platform()
@@ -94,9 +104,12 @@ def _config(launch: Any) -> str:
     return f"grid {'x'.join(map(str, launch.grid))}, {size}"
 
 
-def _stages(jaxpr: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Every stage in a jaxpr and in the jaxprs inside it, each call once."""
+def _stages(jaxpr: Any) -> Iterator[tuple[Any, list[Any] | None]]:
+    """Every stage in a jaxpr and in the jaxprs inside it, each call once; (decision, None) for a distributed call."""
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jaxnorm_fused", "jaxnorm_note"):
+            yield eqn.params["decision"], None
+            continue
         if eqn.primitive is _launch.stage_p:
             yield eqn.params["call"], [v.aval for v in eqn.invars]
             continue

@@ -31,8 +31,12 @@ _REBUILD = (
     "or `pip install -e .` in a checkout."
 )
 
+FUSED_TARGET = "jaxnorm_fused"
+"""FFI target of the fused distributed kernels (csrc/distributed/fused_call.cc), in the same library."""
+
 _lock = threading.Lock()
 _status: Status | None = None
+_library: ctypes.CDLL | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ def status() -> Status:
             if _status is None:
                 _status = _load()
     return _status
+
+
+def fused_library() -> ctypes.CDLL | None:
+    """The loaded library when it has the fused distributed calls."""
+    return _library if status().ok and _library is not None and hasattr(_library, "JaxnormFusedExecute") else None
 
 
 def require() -> Status:
@@ -109,12 +118,12 @@ def launch(
         shared=np.int64(code.shared),
         layout=layout,
         scalars=np.array(scalars, np.int64),
-        key=np.int64(_key(code)),
+        key=np.int64(digest(code)),
     )
     return list(results)
 
 
-def _key(code: CodeObject) -> int:
+def digest(code: CodeObject) -> int:
     """Digest that stands for the function in the launcher's table, so that a launch need not read the image."""
     digest = hashlib.sha256()
     for part in (code.target.encode(), code.name.encode(), code.image):
@@ -151,6 +160,8 @@ def _load_from(path: str) -> Status:
 
         reason = f"launcher not registered with jax {jax.__version__}: {type(e).__name__}: {e}"
         return Status(False, reason, "Use a jax that this jaxnorm supports (0.10.2 or later), and report this.", path)
+    global _library
+    _library = library
     return Status(True, f"launcher {path}", "", path)
 
 
@@ -176,3 +187,10 @@ def register(library: ctypes.CDLL, platform: str) -> None:
         "execute": jax.ffi.pycapsule(library.JaxnormLaunchExecute),
     }
     jax.ffi.register_ffi_target(TARGET, stages, platform=platform)
+    if hasattr(library, "JaxnormFusedExecute"):
+        fused = {
+            "instantiate": jax.ffi.pycapsule(library.JaxnormFusedInstantiate),
+            "initialize": jax.ffi.pycapsule(library.JaxnormFusedInitialize),
+            "execute": jax.ffi.pycapsule(library.JaxnormFusedExecute),
+        }
+        jax.ffi.register_ffi_target(FUSED_TARGET, fused, platform=platform)

@@ -71,7 +71,7 @@ static void run_{i}(const Args& a) {{
 
 
 class Args(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("buffer", ctypes.c_void_p * 6), ("peers", ctypes.c_void_p * 8), ("error", ctypes.c_void_p),
         ("half_bytes", ctypes.c_uint64), ("patience", ctypes.c_uint64),
         *((n, ctypes.c_uint32) for n in ("rows", "share", "rank", "signature", "blocks", "index", "threads", "bytes", "delay_us",
@@ -84,7 +84,9 @@ def problem(target: str, rows: int, features: int, dtypes: dict[str, str], **opt
     known = {"gather": True, "replicated": False, "spec": None, "eps": 1e-6, "weight_offset": 0.0, "cast": "output"}
     if "residual" in dtypes:
         dtypes = {**dtypes, "residual_out": dtypes["residual"]}
-    return Problem(distributed_hip.STAGE, rows, features, (), tuple(dtypes.items()), tuple((known | options).items()), target)
+    return Problem(
+        distributed_hip.STAGE, rows, features, (), tuple(dtypes.items()), tuple((known | options).items()), target
+    )
 
 
 def build(target: str, launches: list[Launch]) -> ctypes.CDLL:
@@ -93,10 +95,14 @@ def build(target: str, launches: list[Launch]) -> ctypes.CDLL:
     for i, launch in enumerate(launches):
         defines = [m[2:].split("=", 1) for m in hip.macros(launch, target) if not m.startswith("-DJN_WAVE=")]
         text += "".join(f"#define {n} {v}\n" for n, v in defines)
-        text += f"#define rank_norm_fwd instance_{i}\n#include \"{distributed_hip.SOURCE}\"\n#undef rank_norm_fwd\n"
+        text += f'#define rank_norm_fwd instance_{i}\n#include "{distributed_hip.SOURCE}"\n#undef rank_norm_fwd\n'
         text += "".join(f"#undef {n}\n" for n, _ in defines) + _CALL.format(i=i)
     text += _TAIL.format(runners=", ".join(f"run_{i}" for i in range(len(launches))))
-    sources = [*sorted((csrc_dir() / "include").rglob("*.h")), csrc_dir() / "kernels" / distributed_hip.SOURCE, HERE / "simt.h"]
+    sources = [
+        *sorted((csrc_dir() / "include").rglob("*.h")),
+        csrc_dir() / "kernels" / distributed_hip.SOURCE,
+        HERE / "simt.h",
+    ]
     digest = hashlib.sha256(text.encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:20]
     folder = Path(os.environ.get("JAXNORM_TEST_BUILD_DIR", Path(tempfile.gettempdir()) / f"jaxnorm-simt-{os.getuid()}"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -179,7 +185,9 @@ class Group:
             for name, buffer in held.items():
                 buffer.check(name)
                 if name in operands:
-                    assert (buffer.array.view(np.uint8) == operands[name].view(np.uint8)).all(), f"{name}: an operand was written"
+                    assert (buffer.array.view(np.uint8) == operands[name].view(np.uint8)).all(), (
+                        f"{name}: an operand was written"
+                    )
         for space in self.spaces:
             space.check("workspace")
         return results

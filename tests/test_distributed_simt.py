@@ -75,7 +75,9 @@ class Shot:
                 part = dataclasses.replace(want, y=want.y[rows], n=want.n[rows], rstd=want.rstd[rows])
                 tolerances.assert_y(got["values"][here], part, c.options.get("cast", "output"), what)
             if c.residual and c.kind == "scatter":
-                tolerances.assert_same_bits(got["residual_out"][: max(0, own.stop - own.start)], want.residual_out[own], what)
+                tolerances.assert_same_bits(
+                    got["residual_out"][: max(0, own.stop - own.start)], want.residual_out[own], what
+                )
             elif c.residual:
                 tolerances.assert_same_bits(got["residual_out"], want.residual_out, what)
             for name in got if self.gather else ():
@@ -163,12 +165,16 @@ def test_a_missing_rank_is_named_in_time():
         good = shot.step(target, index, arrays)
         bad = dataclasses.replace(good, absent=(2,))
         start = time.monotonic()
-        first, second, third = group.run(library, [good, bad, bad], lambda s, r, shot=shot: shot.shapes(), patience_s=0.3)
+        first, second, third = group.run(
+            library, [good, bad, bad], lambda s, r, shot=shot: shot.shapes(), patience_s=0.3
+        )
         assert time.monotonic() - start < 10
         shot.check(arrays, first, "before")
         for r in (0, 1, 3):
             code = int(group.errors[r].array[0])
-            assert (code & 15 == 1 and code >> 8 == 2) or code & 15 == 3, code  # timed out waiting for rank 2, or told so
+            assert (code & 15 == 1 and code >> 8 == 2) or code & 15 == 3, (
+                code
+            )  # timed out waiting for rank 2, or told so
             for results in (second, third):
                 assert is_poison(results[r]["scale" if shot.call.spec else "values"])
             assert group.header(r)[2] == 1

@@ -1,9 +1,9 @@
 // RMSNorm of the sum over ranks, with or without a residual, quantised or not, on all ranks in one launch each. All
 // sizes, types and options are macros (kernels/configs/distributed_hip.py sets and explains them). Matrices are dense,
 // row-major; rank r owns the rows r * share ..
-//   x [rows, N]: this rank's partial sum; residual [rows, N] if JN_REPLICATED, else [share, N], or null; weight [N] or null
-//   values: y or codes [rows, N], or [share, N] without JN_GATHER; scale: row layout, or null; residual_out as residual
-//   peers, half_bytes: the workspaces, and the size of one of their halves; error: a word of the host's memory
+//   x [rows, N]: this rank's partial sum; residual [rows, N] if JN_REPLICATED, else [share, N], or null; weight [N] or
+//   null values: y or codes [rows, N], or [share, N] without JN_GATHER; scale: row layout, or null; residual_out as
+//   residual peers, half_bytes: the workspaces, and the size of one of their halves; error: a word of the host's memory
 #include "jaxnorm/distributed.h"
 
 #if defined(JN_ENTRY_rank_norm_fwd)

@@ -6,5 +6,13 @@ Both functions run where a mesh axis is manual: under ``jax.shard_map`` (``check
 from __future__ import annotations
 
 from ._api import allreduce_add_rmsnorm, reduce_scatter_rmsnorm_quant_all_gather
+from .processes import FusedCallError, check, connect, reset
 
-__all__ = ["allreduce_add_rmsnorm", "reduce_scatter_rmsnorm_quant_all_gather"]
+__all__ = [
+    "FusedCallError",
+    "allreduce_add_rmsnorm",
+    "check",
+    "connect",
+    "reduce_scatter_rmsnorm_quant_all_gather",
+    "reset",
+]

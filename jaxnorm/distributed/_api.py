@@ -14,7 +14,7 @@ from .._compile import target
 from .._stage import Arrays
 from .._types import QuantSpec
 from ..errors import type_error, value_error
-from . import composite
+from . import composite, fused
 from ._config import Axis, Config
 
 IMPLS = ("auto", "composite", "fused")
@@ -167,7 +167,7 @@ def _call(
     )
     _check_residual(config, arrays["residual"])
     with jax.named_scope(op):
-        result, residual_out = _differentiable(config)({k: v for k, v in arrays.items() if v is not None})
+        result, residual_out = _differentiable(config, impl)({k: v for k, v in arrays.items() if v is not None})
     return result if residual_out is None else (result, residual_out)
 
 
@@ -199,9 +199,9 @@ def _check_residual(config: Config, residual: jax.Array | None) -> None:
 
 
 @functools.cache
-def _differentiable(config: Config) -> Any:
+def _differentiable(config: Config, impl: str) -> Any:
     """``arrays -> (y or Quantized, residual_out or None)``; a quantised result refuses to be differentiated."""
-    run = functools.partial(_run, config)
+    run = functools.partial(_run, config, impl)
     if config.spec is None:
         return run
 
@@ -216,7 +216,7 @@ def _differentiable(config: Config) -> Any:
     return quantised
 
 
-def _run(config: Config, arrays: Arrays) -> tuple[Any, jax.Array | None]:
+def _run(config: Config, impl: str, arrays: Arrays) -> tuple[Any, jax.Array | None]:
     if config.ranks == 1 or config.rows == 0:
         return composite.alone(config, arrays)
-    return composite.run(config, arrays)
+    return fused.run(config, arrays, impl)

@@ -5,6 +5,9 @@ Figures are bytes. Those that were measured say so.
 
 from __future__ import annotations
 
+from typing import Any
+
+from .. import _compat
 from .._compile import target
 from ._config import Config
 
@@ -15,10 +18,45 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 FEW_BYTES = {"cuda": 2 << 20, "rocm": 512 << 10, "cpu": 0}
 
 
+# Bytes of a rank's partial sums up to which the fused kernel sends them to everyone (one exchange) instead of to their owners
+# (two). First figures: at W = 2 two shots were 29 % ahead at 16 MB on two H200s, one shot 9 % at 2 MB; the rest is reasoned.
+ONE_SHOT_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 192 << 10}
+
+# Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite at every
+# number of rows tried (two H200s, N = 8192, M = 16, 128, 1024, 8192: 0.35, 0.46, 0.57, 0.63 of its time).
+FUSED_RANKS = {"cuda": (2,), "rocm": ()}
+
+# Largest half of a workspace; a rank holds two.
+HALF_BYTES = 512 << 20
+
+_forced = _compat.user_context(None)
+
+
+def force(schedule: str | None = None, blocks: int | None = None, few: bool | None = None) -> Any:
+    """Context manager for tests and measurements: a schedule and grid of the fused kernel, and whether few rows are gathered."""
+    return _forced((schedule, blocks, few))
+
+
+def forced() -> tuple[str | None, int | None, bool | None]:
+    return _forced.value or (None, None, None)
+
+
 def few_rows(config: Config) -> bool:
     """Composite: gather the partials instead of exchanging row blocks. Fewer rows than ranks always are few."""
+    if (few := forced()[2]) is not None:
+        return few
     received = (config.ranks - 1) * config.rows * config.features * ITEMSIZE[config.dtype]
     return config.rows < config.ranks or received <= FEW_BYTES.get(platform(), 0)
+
+
+def shots(config: Config, replicated: bool) -> str:
+    """``one-shot`` or ``two-shot``. ``replicated``: every rank has the residual of every row, or there is none."""
+    named = forced()[0]
+    possible = config.gather and replicated
+    if named is not None:
+        return named if possible else "two-shot"
+    small = config.rows * config.features * ITEMSIZE[config.dtype] <= ONE_SHOT_BYTES.get(config.ranks, 0)
+    return "one-shot" if possible and small else "two-shot"
 
 
 def platform() -> str:

@@ -33,7 +33,7 @@ class Tuning:
 
 
 def plan(problem: Problem) -> tuple[Launch, ...]:
-    """The one launch. Options of the problem: ``ranks``, ``schedule``, ``gather``, ``replicated``, ``spec`` or None, and the norm's.
+    """The one launch. Options of the problem: ``ranks``, ``schedule``, ``gather``, ``replicated``, ``spec`` or None, the norm's.
 
     Raises:
       Unsupported: a size, type, number of ranks or target that the kernel does not serve.
@@ -147,7 +147,7 @@ def _threads(problem: Problem) -> list[Tuning]:
 
 
 def _tuning(problem: Problem) -> Tuning:
-    """Few rows: all the threads a row can use, a block for each row. Many: 512 threads or fewer, two blocks a unit, all resident."""
+    """Few rows: all the threads a row can use, a block for each. Many: 512 threads or fewer, two blocks a unit, all resident."""
     threads, work, units = _threads(problem), _work(problem), compute_units(problem.target)
     if work <= units:
         return replace(threads[0], blocks=work)

@@ -2,8 +2,9 @@
 //
 // A fiber runs until it meets a barrier or a shuffle and then yields. This proves indexing, tails, reductions,
 // arithmetic, and that all threads reach each barrier (it aborts otherwise); not memory order, hardware conversions or
-// speed. A device is an operating-system thread. To show more than one lucky order: fibers run forwards, backwards or shuffled; shared memory is filled with
-// NaN before every block; an asynchronous copy happens as late as the kernel allows, when it is waited for.
+// speed. A device is an operating-system thread. To show more than one lucky order: fibers run forwards, backwards or
+// shuffled; shared memory is filled with NaN before every block; an asynchronous copy happens as late as the kernel
+// allows, when it is waited for.
 #pragma once
 #include <ucontext.h>
 

@@ -1,9 +1,9 @@
 // Norm (and quantisation) of the sum over ranks of partial rows, in one launch on each of RANKS devices (peers.h).
 //
 // One-shot: every rank pushes its partial rows to all others and works out every row itself: one exchange, RANKS - 1
-// times the bytes. Two-shot: a row goes to its owner, who works it out and pushes the result to all: two exchanges. Data
-// is pushed, never pulled, and into workspaces only. The sum runs over the ranks in ascending order, in float32, and a
-// row is never split between blocks, so both ways and every grid give the same bits.
+// times the bytes. Two-shot: a row goes to its owner, who works it out and pushes the result to all: two exchanges.
+// Data is pushed, never pulled, and into workspaces only. The sum runs over the ranks in ascending order, in float32,
+// and a row is never split between blocks, so both ways and every grid give the same bits.
 #pragma once
 #include "jaxnorm/peers.h"
 #include "jaxnorm/quant.h"
@@ -180,8 +180,7 @@ template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, 
   static constexpr int SCALE_ROW = QUANT ? Codes::SCALE_ROW : 0, SCALE_UNIT = Codes::SCALE_BYTES;
   template <int RANKS, int COPIES> using Source = RankSource<X, R, V, RANKS, COPIES>;
   using Weights = Weighted<S, X, W, None, None, N, OFFSET, BEFORE, false>;
-  template <class Src, int COPIES>
-  using Work = QuantRow<S, Q, Src, RmsNorm<N>, Weights, SpreadCodes<S, Q, COPIES>>;
+  template <class Src, int COPIES> using Work = QuantRow<S, Q, Src, RmsNorm<N>, Weights, SpreadCodes<S, Q, COPIES>>;
   static constexpr int sum_bytes = S::Sum::bytes;
   static constexpr int maxima_bytes = QUANT ? Work<Source<2, 1>, 1>::bytes : 0;
   static constexpr int shared_bytes = 2 * sum_bytes + maxima_bytes;
@@ -244,8 +243,7 @@ JN_DEV bool one_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 
   for (u32 row = block_x(); row < rows; row += blocks) {
     char* to[RANKS - 1];
 #pragma unroll
-    for (int d = 1; d < RANKS; ++d)
-      to[d - 1] = meeting.half(d, half_bytes) + rank * slot + u64(row) * row_bytes;
+    for (int d = 1; d < RANKS; ++d) to[d - 1] = meeting.half(d, half_bytes) + rank * slot + u64(row) * row_bytes;
     copy_row<row_bytes, Work::THREADS>(to, b.x + u64(row) * row_bytes);
   }
   meeting.signal(0);
@@ -299,8 +297,8 @@ JN_DEV bool two_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 
   }
 #pragma unroll
   for (int d = 0; d < residual_copies; ++d)
-    source.out[d] = (d == 0 ? b.residual_out : meeting.half(d, half_bytes) + residual_at) +
-                    (REPLICATED ? u64(first) * r_row : 0);
+    source.out[d] =
+        (d == 0 ? b.residual_out : meeting.half(d, half_bytes) + residual_at) + (REPLICATED ? u64(first) * r_row : 0);
   const u32 own = first >= rows ? 0 : min_of(int(share), int(rows - first));
   for (u32 i = block_x(); i < own; i += blocks) work.row(source, values, scale, i);
   if constexpr (!GATHER) return true;

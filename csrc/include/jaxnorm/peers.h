@@ -5,8 +5,8 @@
 // call is (its signature): block b of rank p writes flag[phase][b][p] of every other rank once its data is there.
 //
 // Why a half may be written again: a call writes to the half of its epoch's parity. Whoever is in epoch e + 1 has ended
-// epoch e, hence had a flag of e from every block of every rank; so all ranks had started e and, launches of a rank being
-// in order, ended e - 1, the last call that read this half.
+// epoch e, hence had a flag of e from every block of every rank; so all ranks had started e and, launches of a rank
+// being in order, ended e - 1, the last call that read this half.
 //
 // The epoch lives in device memory and is advanced by the launch itself: a recorded graph that is replayed goes on.
 #pragma once
