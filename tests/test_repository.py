@@ -121,7 +121,7 @@ LAYERS = (
     "nnx linen",
     "_swap",
     "__init__",
-    "distributed._api",
+    "distributed._api distributed.processes",
     "distributed",
     "aiter._common aiter._distributed aiter._groupnorm aiter._layernorm aiter._qk aiter._rmsnorm",
     "aiter",
