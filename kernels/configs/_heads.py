@@ -83,3 +83,36 @@ def period(problem: Problem) -> int:
 def unroll(heads: int, most: int) -> int:
     """Heads of a token that a group takes at once: at most ``most``, with less than a sixth of them past the last head."""
     return next(u for u in range(min(most, heads), 0, -1) if -(-heads // u) * u * 6 < heads * 7)
+
+
+ONE, TWO = "qk_norm_rope", "qk_norm_rope_two_stream"
+
+
+def qk_parts(problem: Problem) -> list[Part]:
+    """The parts of a q/k norm stage: q and k, of one stream or two."""
+    if problem.stage.removesuffix("_fwd").removesuffix("_bwd") not in (ONE, TWO):
+        raise Unsupported(f"{problem.stage} is no stage of the q/k norm kernels.")
+    found = parts(problem)
+    if len(found) > 2 and not two_stream(problem):
+        raise Unsupported(f"{len(found)} arrays; the kernels norm q and k.")
+    return found
+
+
+def two_stream(problem: Problem) -> bool:
+    return TWO in problem.stage
+
+
+def weights(problem: Problem, found: list[Part]) -> list[str]:
+    """Names of the parts' weights."""
+    return [f"{p.name[0]}_weight{p.name[1]}" if two_stream(problem) else f"w{p.name[1:]}" for p in found]
+
+
+def shares(found: list[Part], most: list[int], total: int) -> list[int]:
+    """Blocks of a persistent grid for each part: ``total`` of them dealt out by the parts' heads, at least one and at most ``most``
+    each."""
+    work = [p.tokens * p.heads for p in found]
+    each = [max(1, min(m, total * w // sum(work))) for m, w in zip(most, work, strict=True)]
+    left = total - sum(each)
+    big = max(range(len(found)), key=lambda i: work[i])
+    each[big] = max(1, min(most[big], each[big] + left))
+    return each

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import Launch, Problem, Unsupported, compute_units, wave_size
-from ._heads import Part, lane_elements, parts
+from . import Launch, Problem, compute_units, wave_size
+from ._heads import ONE, TWO, Part, lane_elements, qk_parts, shares, two_stream, weights
 from ._heads_hip import (
     THREADS,
     Deal,
@@ -28,7 +28,6 @@ from ._heads_hip import (
 from ._hip import Constants, _ceil, _grid, _nvidia, _type
 
 SOURCE = "qk.hip"
-ONE, TWO = "qk_norm_rope", "qk_norm_rope_two_stream"
 
 
 @dataclass(frozen=True)
@@ -72,57 +71,45 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
 
 
 def _parts(problem: Problem) -> list[Part]:
-    if problem.stage.removesuffix("_fwd").removesuffix("_bwd") not in (ONE, TWO):
-        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
-    found = parts(problem)
+    found = qk_parts(problem)
     check(problem, found)
-    if len(found) > 2 and not _two(problem):
-        raise Unsupported(f"{len(found)} arrays; the kernels norm q and k.")
     return found
-
-
-def _two(problem: Problem) -> bool:
-    return TWO in problem.stage
-
-
-def _weights(problem: Problem, found: list[Part]) -> list[str]:
-    return [f"{p.name[0]}_weight{p.name[1]}" if _two(problem) else f"w{p.name[1:]}" for p in found]
 
 
 def _constants(problem: Problem, found: list[Part], deal: Deal) -> Constants:
     offset = float(problem.option("weight_offset"))  # type: ignore[arg-type]
     out: list[tuple[str, object]] = [*constants(problem, found, deal)]
-    for i, (part, weight) in enumerate(zip(found, _weights(problem, found), strict=True)):
-        table = f"cos_sin{part.name[1]}" if _two(problem) else "cos_sin"
+    for i, (part, weight) in enumerate(zip(found, weights(problem, found), strict=True)):
+        table = f"cos_sin{part.name[1]}" if two_stream(problem) else "cos_sin"
         out += [
             (f"JN_R{i}", part.rotary),
             (f"JN_W{i}", _type(problem, weight)),
             (f"JN_TABLE{i}", table_type(problem, table)),
         ]
-    if not _two(problem):
+    if not two_stream(problem):
         out += position_constants(problem)
     out += [("JN_EPS", float(problem.option("eps"))), ("JN_OFFSET", offset), ("JN_HAS_OFFSET", offset != 0)]  # type: ignore[arg-type]
     return tuple(out)
 
 
 def _scalars(problem: Problem, found: list[Part]) -> tuple[tuple[str, str, int], ...]:
-    if not _two(problem):
+    if not two_stream(problem):
         return position_scalars(problem, found[0].tokens)
     tokens = [problem.shape(n)[-3] for n in ("q0", "q1")]
     return (("batch", "i32", problem.rows), ("tokens0", "i32", tokens[0]), ("tokens1", "i32", tokens[1]))
 
 
 def _inputs(problem: Problem, found: list[Part]) -> tuple[str, ...]:
-    if _two(problem):
-        return (*(p.name for p in found), *_weights(problem, found), "cos_sin0", "cos_sin1")
+    if two_stream(problem):
+        return (*(p.name for p in found), *weights(problem, found), "cos_sin0", "cos_sin1")
     return ("x0", "x1", "w0", "w1", "positions", "cos_sin")
 
 
 def _forward_launch(problem: Problem, found: list[Part], deal: Deal) -> Launch:
     return Launch(
-        kernel=f"{SOURCE}:{TWO if _two(problem) else ONE}",
+        kernel=f"{SOURCE}:{TWO if two_stream(problem) else ONE}",
         inputs=_inputs(problem, found),
-        outputs=("q", "k") if _two(problem) else ("y0", "y1"),
+        outputs=("q", "k") if two_stream(problem) else ("y0", "y1"),
         grid=_grid(sum(blocks(problem, p, deal) for p in found)),
         constants=_constants(problem, found, deal),
         scalars=_scalars(problem, found),
@@ -131,33 +118,32 @@ def _forward_launch(problem: Problem, found: list[Part], deal: Deal) -> Launch:
 
 
 def _walk(problem: Problem, found: list[Part]) -> Walk:
-    """Two heads a group and 512 threads a unit on NVIDIA: 64 KB of bf16 on their way. AMD has registers for twice the threads."""
-    wide = max(lane_elements(problem, p) for p in found) > 16
-    return Walk(Deal(THREADS, 1 if wide else 2), 4 if _nvidia(problem) else 8, ahead=False)
+    """On NVIDIA as many blocks of 128 threads as registers allow, each with one head a group on its way: 64 bytes a thread of bf16.
 
-
-def shares(problem: Problem, found: list[Part], walk: Walk) -> list[int]:
-    """Blocks of each part: by its heads, at least one, at most one for each block's worth of units."""
-    total = compute_units(problem.target) * walk.per_unit
-    work = [p.tokens * p.heads for p in found]
-    return [
-        max(1, min(blocks(problem, p, walk.deal), _ceil(total * w, sum(work))))
-        for p, w in zip(found, work, strict=True)
-    ]
+    80 registers are enough for 16 elements of bf16 a lane without spills (seen in the sm_90 code), which six blocks a unit leave;
+    others get 128 of them. AMD has registers for eight blocks of two heads.
+    """
+    held = max(lane_elements(problem, p) for p in found)
+    if not _nvidia(problem):
+        return Walk(Deal(THREADS, 2 if held <= 16 else 1), 8, ahead=False)
+    plain = all(d == "bfloat16" for n, d in problem.dtypes if n[0] in "xqk" or n.startswith(("dx", "dy")))
+    per_unit = 6 if held <= 16 and plain else 4 if held <= 16 else 2
+    return Walk(Deal(THREADS, 1, per_unit), per_unit, ahead=False)
 
 
 def _backward_launches(problem: Problem, found: list[Part], walk: Walk) -> tuple[Launch, ...]:
-    each, d = shares(problem, found, walk), problem.features
-    weights = _weights(problem, found)
-    present = [i for i, w in enumerate(weights) if problem.has(w)]
-    cotangents = ("dq", "dk") if _two(problem) else ("dy0", "dy1")
-    count = 4 if _two(problem) else 2
+    total = compute_units(problem.target) * walk.per_unit
+    each, d = shares(found, [blocks(problem, p, walk.deal) for p in found], total), problem.features
+    names = weights(problem, found)
+    present = [i for i, w in enumerate(names) if problem.has(w)]
+    cotangents = ("dq", "dk") if two_stream(problem) else ("dy0", "dy1")
+    count = 4 if two_stream(problem) else 2
     padded = [*each, *[1] * (count - len(each))]
     first = Launch(
-        kernel=f"{SOURCE}:{TWO if _two(problem) else ONE}_bwd",
+        kernel=f"{SOURCE}:{TWO if two_stream(problem) else ONE}_bwd",
         inputs=(*_inputs(problem, found), *cotangents),
         outputs=(
-            *(("dq0", "dk0", "dq1", "dk1") if _two(problem) else ("dx0", "dx1")),
+            *(("dq0", "dk0", "dq1", "dk1") if two_stream(problem) else ("dx0", "dx1")),
             *(f"partials{i}" for i in range(count)),
         ),
         grid=(sum(each), 1, 1),
@@ -167,7 +153,7 @@ def _backward_launches(problem: Problem, found: list[Part], walk: Walk) -> tuple
         shared=_sum_bytes(problem, found, walk.deal) if present else 0,
         temps=tuple((f"partials{i}", (each[i], d), "float32") for i in present),
     )
-    return (first, _reduce_launch(problem, each, weights)) if present else (first,)
+    return (first, _reduce_launch(problem, each, names)) if present else (first,)
 
 
 def _sum_bytes(problem: Problem, found: list[Part], deal: Deal) -> int:
