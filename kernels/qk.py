@@ -89,11 +89,12 @@ def qk_norm_rope(
     y0_ptr,  # as x0
     y1_ptr,
     COUNT: tl.constexpr,
-    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr, HAS_W0: tl.constexpr,
-    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr, HAS_W1: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, GPTJ: tl.constexpr,
-    EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, PERIOD: tl.constexpr, MROPE: tl.constexpr,
-    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, INTERLEAVED: tl.constexpr,
+    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr,
+    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr,
+    D: tl.constexpr, GPTJ: tl.constexpr, HAS_W0: tl.constexpr, HAS_W1: tl.constexpr,
+    R: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    PERIOD: tl.constexpr, MROPE: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, INTERLEAVED: tl.constexpr,
+    EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """A program owns TOKENS<i> tokens by HEADS<i> heads of q or of k; those of q come first."""
     pid = program_index()
@@ -146,12 +147,13 @@ def qk_norm_rope_two_stream(
     q_ptr,  # [batch, tokens0 + tokens1, H0, D]
     k_ptr,
     COUNT: tl.constexpr,
-    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr, HAS_W0: tl.constexpr,
-    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr, HAS_W1: tl.constexpr,
-    H2: tl.constexpr, TOKENS2: tl.constexpr, HEADS2: tl.constexpr, HAS_W2: tl.constexpr,
-    H3: tl.constexpr, TOKENS3: tl.constexpr, HEADS3: tl.constexpr, HAS_W3: tl.constexpr,
-    D: tl.constexpr, R0: tl.constexpr, PAIRS0: tl.constexpr, REST0: tl.constexpr,
-    R1: tl.constexpr, PAIRS1: tl.constexpr, REST1: tl.constexpr, GPTJ: tl.constexpr,
+    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr,
+    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr,
+    H2: tl.constexpr, TOKENS2: tl.constexpr, HEADS2: tl.constexpr,
+    H3: tl.constexpr, TOKENS3: tl.constexpr, HEADS3: tl.constexpr,
+    D: tl.constexpr, GPTJ: tl.constexpr,
+    HAS_W0: tl.constexpr, HAS_W1: tl.constexpr, HAS_W2: tl.constexpr, HAS_W3: tl.constexpr,
+    R0: tl.constexpr, PAIRS0: tl.constexpr, REST0: tl.constexpr, R1: tl.constexpr, PAIRS1: tl.constexpr, REST1: tl.constexpr,
     EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """A program owns a tile of q0, k0, q1 or k1, in this order."""
@@ -280,11 +282,12 @@ def qk_norm_rope_bwd(
     partial0_ptr,  # [blocks0, D] float32
     partial1_ptr,
     COUNT: tl.constexpr,
-    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr, HAS_W0: tl.constexpr,
-    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr, HAS_W1: tl.constexpr,
-    D: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, GPTJ: tl.constexpr,
-    EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, PERIOD: tl.constexpr, MROPE: tl.constexpr,
-    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, INTERLEAVED: tl.constexpr,
+    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr,
+    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr,
+    D: tl.constexpr, GPTJ: tl.constexpr, HAS_W0: tl.constexpr, HAS_W1: tl.constexpr,
+    R: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    PERIOD: tl.constexpr, MROPE: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, INTERLEAVED: tl.constexpr,
+    EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """The first blocks0 programs walk over q, the others over k."""
     pid = tl.program_id(0)
@@ -328,12 +331,13 @@ def qk_norm_rope_two_stream_bwd(
     partial2_ptr,
     partial3_ptr,
     COUNT: tl.constexpr,
-    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr, HAS_W0: tl.constexpr,
-    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr, HAS_W1: tl.constexpr,
-    H2: tl.constexpr, TOKENS2: tl.constexpr, HEADS2: tl.constexpr, HAS_W2: tl.constexpr,
-    H3: tl.constexpr, TOKENS3: tl.constexpr, HEADS3: tl.constexpr, HAS_W3: tl.constexpr,
-    D: tl.constexpr, R0: tl.constexpr, PAIRS0: tl.constexpr, REST0: tl.constexpr,
-    R1: tl.constexpr, PAIRS1: tl.constexpr, REST1: tl.constexpr, GPTJ: tl.constexpr,
+    H0: tl.constexpr, TOKENS0: tl.constexpr, HEADS0: tl.constexpr,
+    H1: tl.constexpr, TOKENS1: tl.constexpr, HEADS1: tl.constexpr,
+    H2: tl.constexpr, TOKENS2: tl.constexpr, HEADS2: tl.constexpr,
+    H3: tl.constexpr, TOKENS3: tl.constexpr, HEADS3: tl.constexpr,
+    D: tl.constexpr, GPTJ: tl.constexpr,
+    HAS_W0: tl.constexpr, HAS_W1: tl.constexpr, HAS_W2: tl.constexpr, HAS_W3: tl.constexpr,
+    R0: tl.constexpr, PAIRS0: tl.constexpr, REST0: tl.constexpr, R1: tl.constexpr, PAIRS1: tl.constexpr, REST1: tl.constexpr,
     EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Programs for q0, k0, q1 and k1, in this order."""

@@ -68,7 +68,7 @@ def _halves(table: jax.Array) -> tuple[jax.Array, jax.Array]:
     return f32(table[:, :half]), f32(table[:, half:])
 
 
-_PLANS: dict[str, str] = {}
+_PLANS = {"triton": "qk_triton", "hip": "qk_hip"}
 FORWARD = register_stage(StageDef("qk_norm_rope_fwd", "qk_norm_rope", _reference, _PLANS))
 BACKWARD = register_stage(StageDef("qk_norm_rope_bwd", "qk_norm_rope", _backward_reference, _PLANS))
 TWO_STREAM = register_stage(

@@ -29,7 +29,7 @@ def _reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
     }
 
 
-_PLANS: dict[str, str] = {}
+_PLANS = {"triton": "rope_triton", "hip": "rope_hip"}
 FORWARD = register_stage(StageDef("rope_fwd", "rope", _reference, _PLANS))
 BACKWARD = register_stage(StageDef("rope_bwd", "rope", _reference, _PLANS))
 
