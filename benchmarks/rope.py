@@ -13,7 +13,7 @@ import argparse
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,13 +21,14 @@ import jax.numpy as jnp
 
 import jaxnorm as jn
 
-from . import store, timing
+from . import op_sweep, store, timing
 from .quant import copy
 
 FORMAT = "jaxnorm-rope-bench/1"
 D, HQ, HK, MAX = 128, 64, 8, 8192
 TOKENS = (1, 16, 128, 1024, 8192)
-OPS = ("qk_norm_rope", "rope", "qk_norm_rope_bwd", "rope_bwd", "qk_norm_rope_two_stream", "mrope")
+TWO = "qk_norm_rope_two_stream"
+OPS = ("qk_norm_rope", "rope", "qk_norm_rope_bwd", "rope_bwd", TWO, "mrope")
 Call = Callable[..., Any]
 
 
@@ -55,63 +56,89 @@ def backward(f: Call, weights: bool) -> Call:
     return run
 
 
-def functions(op: str) -> tuple[Callable[[str], Call], Call | None]:
-    """(function of the backend, plain XLA) of ``(q, k, wq, wk, positions, table[, dq, dk])``."""
+def ours(op: str, backend: str) -> Call:
+    """The public function, of ``(q, k, wq, wk, positions, table[, dq, dk])``."""
     if op.startswith("rope"):
-        ours = lambda b: lambda q, k, wq, wk, p, t: jn.rope((q, k), p, t, backend=b)  # noqa: E731
-        plain = lambda q, k, wq, wk, p, t: (plain_rope(q, p, t), plain_rope(k, p, t))  # noqa: E731
+        f: Call = lambda q, k, wq, wk, p, t: jn.rope((q, k), p, t, backend=backend)  # noqa: E731
     elif op == "mrope":
-        ours = lambda b: (
-            lambda q, k, wq, wk, p, t: jn.mrope((q, k), p, t, sections=(24, 20, 20), interleaved=True, backend=b)
-        )  # noqa: E731
-        return ours, None
-    elif op == "qk_norm_rope_two_stream":
-        ours = lambda b: (
-            lambda q0, k0, q1, k1, w, t0, t1: jn.qk_norm_rope_two_stream(  # noqa: E731
-                q0, k0, q1, k1, w, w, w, w, t0, t1, backend=b
-            )
+        options = {"sections": (24, 20, 20), "interleaved": True, "backend": backend}
+        return lambda q, k, wq, wk, p, t: jn.mrope((q, k), p, t, **options)
+    elif op == TWO:
+        return lambda q0, k0, q1, k1, w, t0, t1: jn.qk_norm_rope_two_stream(
+            q0, k0, q1, k1, w, w, w, w, t0, t1, backend=backend
         )
-        return ours, None
     else:
-        ours = lambda b: lambda q, k, wq, wk, p, t: jn.qk_norm_rope(q, k, wq, wk, p, t, backend=b)  # noqa: E731
-        plain = lambda q, k, wq, wk, p, t: (plain_qk(q, wq, p, t), plain_qk(k, wk, p, t))  # noqa: E731
-    if op.endswith("_bwd"):
-        weights = op.startswith("qk")
-        return (lambda b: backward(ours(b), weights)), backward(plain, weights)
-    return ours, plain
+        f = functools.partial(jn.qk_norm_rope, backend=backend)
+    return backward(f, op.startswith("qk")) if op.endswith("_bwd") else f
 
 
-def inputs(op: str, tokens: int) -> tuple[list[tuple[Any, ...]], int, int]:
-    """(sets of arguments that together are larger than the cache, bytes moved, bytes read)."""
-    two = op == "qk_norm_rope_two_stream"
-    heads = (24, 24) if two else (HQ, HK)
-    size = 2 * D * tokens * sum(heads)
+def plain(op: str) -> Call | None:
+    """The same as one writes it in jax.numpy."""
+    if op in ("mrope", TWO):
+        return None
+    if op.startswith("rope"):
+        f: Call = lambda q, k, wq, wk, p, t: (plain_rope(q, p, t), plain_rope(k, p, t))  # noqa: E731
+    else:
+        f = lambda q, k, wq, wk, p, t: (plain_qk(q, wq, p, t), plain_qk(k, wk, p, t))  # noqa: E731
+    return backward(f, op.startswith("qk")) if op.endswith("_bwd") else f
+
+
+def sweep_cases() -> Iterator[op_sweep.Case]:
+    """``qk_norm_rope`` and so on, for ``op_sweep``; a shape is tokens x D."""
+    for op in OPS:
+
+        def function(backend: str, op: str = op) -> Any:
+            f = ours(op, backend)
+            # the weights' gradients have another order of sums in each plan
+            return (lambda *a: f(*a)[:2]) if op.endswith("_bwd") else f
+
+        yield op_sweep.Case(
+            op, function, lambda s, i, op=op: arguments(op, s[0], i), lambda s, op=op: traffic(op, s[0])
+        )
+
+
+def traffic(op: str, tokens: int) -> tuple[int, int]:
+    """(bytes moved, bytes of one set of inputs)."""
+    size = 2 * D * tokens * sum(heads(op))
     reads = size * (2 if op == "qk_norm_rope_bwd" else 1) + 4 * D * tokens
-    count, _ = timing.rotation(reads)
-    table, w = jn.rope_table(MAX, D), jnp.ones(D, jnp.bfloat16) * 1.25
-    normal = jax.jit(lambda i, h: jax.random.normal(jax.random.key(i), (tokens, h, D), jnp.bfloat16), static_argnums=1)
-    sets: list[tuple[Any, ...]] = []
-    for i in range(count):
-        q, k, dq, dk = (normal(4 * i + j, h) for j, h in enumerate((*heads, *heads)))
-        positions = (jnp.arange(tokens, dtype=jnp.int32) * 7 + i) % MAX
-        if two:
-            text = max(1, tokens // 2 // 9)
-            pair = [a.reshape(2, tokens // 2, 24, D) for a in (q, k)]
-            parts = [a[:, s] + 0 for s in (slice(0, text), slice(text, None)) for a in pair]
-            sets.append((*parts, w, table[:text], table[text : tokens // 2]))
-        elif op == "mrope":
-            sets.append((q, k, w, w, jnp.stack([positions, positions // 2, positions // 3]), table))
-        else:
-            sets.append((q, k, w, w, positions, table, *((dq, dk) if op.endswith("_bwd") else ())))
-    return sets, reads + size, reads
+    return reads + size, reads
+
+
+def heads(op: str) -> tuple[int, int]:
+    return (24, 24) if op == TWO else (HQ, HK)
+
+
+@functools.cache
+def table() -> jax.Array:
+    return jn.rope_table(MAX, D)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def normal(i: int, tokens: int, count: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(i), (tokens, count, D), jnp.bfloat16)
+
+
+def arguments(op: str, tokens: int, i: int) -> tuple[Any, ...]:
+    """The i-th set of arguments."""
+    w = jnp.ones(D, jnp.bfloat16) * 1.25
+    q, k, dq, dk = (normal(4 * i + j, tokens, h) for j, h in enumerate((*heads(op), *heads(op))))
+    positions = (jnp.arange(tokens, dtype=jnp.int32) * 7 + i) % MAX
+    if op == TWO:
+        text = max(1, tokens // 2 // 9)
+        pair = [a.reshape(2, tokens // 2, 24, D) for a in (q, k)]
+        parts = [a[:, s] + 0 for s in (slice(0, text), slice(text, None)) for a in pair]
+        return (*parts, w, table()[:text], table()[text : tokens // 2])
+    if op == "mrope":
+        positions = jnp.stack([positions, positions // 2, positions // 3])
+    return (q, k, w, w, positions, table(), *((dq, dk) if op.endswith("_bwd") else ()))
 
 
 def measure(timer: timing.Timer, op: str, tokens: int) -> dict[str, Any]:
-    sets, nbytes, reads = inputs(op, tokens)
-    ours, plain = functions(op)
-    named = [(f"jaxnorm-{b}", jax.jit(ours(b))) for b in ("hip", "triton")]
-    if plain is not None:
-        named.append(("xla", jax.jit(plain)))
+    nbytes, reads = traffic(op, tokens)
+    sets = [arguments(op, tokens, i) for i in range(timing.rotation(reads)[0])]
+    named = [(f"jaxnorm-{b}", jax.jit(ours(op, b))) for b in ("hip", "triton")]
+    if (written := plain(op)) is not None:
+        named.append(("xla", jax.jit(written)))
     runs = [timing.Program(n, [functools.partial(f, *s) for s in sets], jax.block_until_ready) for n, f in named]
     errors: dict[str, str] = {}
     for p in list(runs):
@@ -142,7 +169,7 @@ def main() -> int:
     for tokens in map(int, args.tokens.split(",")):
         for op in args.ops.split(","):
             key = f"{op} T={tokens}"
-            if key in results["cells"] or (op == "qk_norm_rope_two_stream" and tokens < 4):
+            if key in results["cells"] or (op == TWO and tokens < 4):
                 continue
             if time.time() - start > args.budget_seconds:
                 print(f"budget: stopped before {key}; the same command goes on from here")

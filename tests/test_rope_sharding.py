@@ -56,7 +56,9 @@ SHARDINGS = {
     "batch-shared-positions": (
         Case((4, 2), 32, (4, 6), weights=(BF16, BF16), shared=True),
         P("dp", None, "tp", None), P("dp", None, "tp", None), P(None)),
-    "sequence": (Case((2, 2), 32, (3, 8), shared=True, sections=(4, 6, 6)), P(None, "dp", "tp", None), P(None, "dp", "tp", None), P(None, "dp")),
+    "sequence": (
+        Case((2, 2), 32, (3, 8), shared=True, sections=(4, 6, 6)),
+        P(None, "dp", "tp", None), P(None, "dp", "tp", None), P(None, "dp")),
     "mrope": (
         Case((4, 2), 32, (2, 8), sections=(4, 6, 6), weights=(BF16, BF16)),
         P(None, "dp", "tp", None), P(None, "dp", "tp", None), P(None, None, "dp")),

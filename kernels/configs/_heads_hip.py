@@ -41,7 +41,7 @@ def forward(problem: Problem, found: list[Part]) -> Deal:
 
 
 def forward_candidates(problem: Problem) -> list[Deal]:
-    return [Deal(t, u, b) for t in (64, 128, 256) for u in (1, 2, 4, 8) for b in (1, 1024 // t)]
+    return [Deal(t, u, b) for t in (64, 128, 256) for u in (1, 2, 4, 8) for b in ((1, 1024 // t) if u < 4 else (1,))]
 
 
 def groups(problem: Problem, part: Part, deal: Deal) -> int:

@@ -59,12 +59,12 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
         more = [(_forward_launch(problem, found, d),) for d in forward_candidates(problem) if whole(d)]
     else:
         walks = [
-            Walk(Deal(t, u, b), p, ahead)
-            for t in (64, 128, 256)
-            for u in (1, 2, 4)
-            for ahead in (False, True)
-            for p in (256 // t, 512 // t, 768 // t, 1024 // t)
-            for b in ((1, p) if p > 1 else (1,))
+            Walk(Deal(t, u, b), threads // t, ahead)
+            for t in (128, 256)
+            for u, ahead in ((1, False), (1, True), (2, False), (2, True))
+            for threads in ((256, 384, 512) if u == 2 else (384, 512, 640, 768))
+            for b in (1, threads // t)
+            if threads % t == 0
         ]
         more = [_backward_launches(problem, found, w) for w in walks if whole(w.deal)]
     return list(dict.fromkeys([plan(problem), *more]))
