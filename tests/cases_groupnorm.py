@@ -8,6 +8,7 @@ from typing import Any
 import cases
 import numpy as np
 import oracle_groupnorm as oracle
+from jaxnorm.kernels.configs import Problem
 
 BF16, F16, F32 = cases.FLOATS
 
@@ -62,7 +63,7 @@ class Case:
         noise = g.standard_normal((self.batch, int(np.prod(self.spatial)), self.groups, self.channels // self.groups))
         level, spread = (g.uniform(0.5, 2.0, (self.batch, 1, self.groups, 1)) for _ in range(2))
         x = oracle.from_groups(noise * self.std * spread + self.mean * level, self.shape, -1 if self.last else 1)
-        x = x.astype(cases.dtype(self.x))
+        x = np.ascontiguousarray(x).astype(cases.dtype(self.x))
         bias = None if self.bias is None else cases.normal(g, (self.channels,), self.bias, std=0.5)
         return x, cases.weight(g, self.channels, self.weight), bias
 
@@ -71,6 +72,30 @@ class Case:
 
     def forward(self, arrays: tuple[Any, ...]) -> oracle.GroupNorm:
         return oracle.forward(*arrays, **self.options)
+
+    def problem(self, stage: str, target: str = "sm_90", *, stats: bool = True, dparams: bool = True) -> Problem:
+        """``groupnorm_fwd`` or ``groupnorm_bwd`` as a kernel's plan sees it."""
+        c, image, forward = self.channels, self.shape, stage == "groupnorm_fwd"
+        saved, size = ((self.batch, 3, c), F32), c // self.groups
+        buffers: dict[str, tuple[tuple[int, ...], str | None]] = {"x": (image, self.x)}
+        buffers |= {"weight": ((c,), self.weight), "bias": ((c,), self.bias if forward or self.silu else None)}
+        if forward:
+            buffers |= {"y": (image, self.out_dtype), **({"stats": saved} if stats else {})}
+        else:
+            there = dparams and (self.weight or self.bias)
+            buffers |= {"stats": saved, "dy": (image, self.out_dtype), "dx": (image, self.x)}
+            buffers |= {"dparams": ((2, c), F32)} if there else {}
+        kept = {n: (s, d) for n, (s, d) in buffers.items() if d is not None}
+        options: dict[str, object] = {"group_channels": size, "count": size * int(np.prod(self.spatial))}
+        options |= {"last": self.last or not self.spatial, "silu": self.silu} | ({"eps": self.eps} if forward else {})
+        shapes, dtypes = (tuple((n, v[i]) for n, v in kept.items()) for i in range(2))
+        return Problem(stage, self.batch, c, shapes, dtypes, tuple(options.items()), target)
+
+    def stats(self, f: oracle.GroupNorm) -> np.ndarray:
+        """The saved statistics of the oracle, ``[B, 3, C]``: m0, what it lost to rounding, 1 / deviation."""
+        mean, rstd = (np.broadcast_to(a, (self.batch, 1, *f.weight.shape)) for a in (f.mean, f.rstd))
+        m0 = mean.astype(np.float32)
+        return np.stack([a.reshape(self.batch, -1) for a in (m0, mean - m0, rstd)], 1).astype(np.float32)
 
 
 # --- after models

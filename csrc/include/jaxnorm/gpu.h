@@ -77,6 +77,8 @@ JN_DEV void barrier() { simt::barrier(); }
 template <int D> JN_DEV float shfl_xor(float v) { return simt::shuffle_xor(v, D); }
 JN_DEV unsigned char* shared_memory() { return simt::shared(); }
 JN_DEV float reciprocal_sqrt(float v) { return 1.f / __builtin_sqrtf(v); }
+JN_DEV float exp2_fast(float v) { return __builtin_exp2f(v); }
+JN_DEV float reciprocal_fast(float v) { return 1.f / v; }
 
 #elif defined(JN_NVIDIA)
 JN_DEV u32 thread_id() { return threadIdx.x; }
@@ -91,6 +93,17 @@ JN_DEV unsigned char* shared_memory() {
 JN_DEV float reciprocal_sqrt(float v) {
   float r;
   asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+// 2^v and 1/v with an error of about one unit in the last place, subnormal results zero
+JN_DEV float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+JN_DEV float reciprocal_fast(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
 
@@ -182,6 +195,8 @@ JN_DEV float reciprocal_sqrt(float v) {  // v_rsq_f32 flushes denormals: scale t
   const bool tiny = v < 0x1p-120f;
   return __builtin_amdgcn_rsqf(tiny ? v * 0x1p60f : v) * (tiny ? 0x1p30f : 1.f);
 }
+JN_DEV float exp2_fast(float v) { return __builtin_amdgcn_exp2f(v); }
+JN_DEV float reciprocal_fast(float v) { return __builtin_amdgcn_rcpf(v); }
 #endif
 
 // The launcher folds more blocks than one grid dimension takes into y (AMD: blocks * threads < 2^32 in each dimension).

@@ -1,0 +1,291 @@
+// GroupNorm backward, in two passes over x and dy:
+//
+//   group_bwd_sums / group_bwd_rows  for each channel and part sum(g) and sum(g * xh), which add_partials makes the
+//                                    gradients of bias and weight of, and the same times the weight for each group
+//   group_bwd_dx                     dx = rstd * (gw - mean(gw) - xh * mean(gw * xh)) over one part
+//
+// xh = ((x - m) - low) * rstd; g = dy, or dy * silu'(xh * weight + bias); gw = g * weight.
+#pragma once
+#include "jaxnorm/groups.h"
+
+namespace jaxnorm {
+
+// stats [batch, 3, C] of one channel: xh = (x - m) * rstd - shift
+struct ChannelStats {
+  float m, rstd, shift;
+  JN_DEV void load(const float* stats, u64 batch, u32 channel, int channels) {
+    const float* at = stats + batch * (3 * channels) + channel;
+    m = at[0];
+    rstd = at[2 * channels];
+    shift = at[channels] * rstd;
+  }
+  JN_DEV float normalised(float x) const { return fused_multiply_add(x - m, rstd, -shift); }
+};
+
+// What a thread needs of its channels. Channels last: constant. The bias matters to the slope of the activation only.
+template <class M, class W, class B, bool SILU> struct ChannelConstants {
+  static constexpr int V = M::V;
+  ChannelStats stats[M::UNITS];
+  float w[V], b[SILU ? V : 1];
+  JN_DEV void load(const M& map, const char* weight, const char* bias, const float* s) {
+    if (!map.live) return;
+#pragma unroll
+    for (int u = 0; u < M::UNITS; ++u) stats[u].load(s, map.batch, map.channel() + u * M::U, M::C);
+    load_channels<W, V>(weight, map.channel(), 1.f, w);
+    if constexpr (SILU) load_channels<B, V>(bias, map.channel(), 0.f, b);
+  }
+};
+
+template <bool SILU> JN_DEV float through_activation(float g, float xh, float w, float b) {
+  return SILU ? g * silu_slope(fused_multiply_add(xh, w, b)) : g;
+}
+
+struct SumsOut {
+  float* partials;  // [batch * PARTS, 2, C]: sum(g * xh), sum(g); or null
+  float* shares;    // [batch * G, 2, shares of a group]: the same times the weight, added up over channels
+};
+
+// Channels last. Shared memory: 2 * Q * TILE + 2 * TILE + 2 * GROUPS floats.
+template <class M, class X, class DY, class W, class B, bool SILU>
+JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                           u64 batches, SumsOut out) {
+  constexpr int V = M::V, Q = M::Q, TILE = M::TILE;
+  const u64 block = linear_block();
+  if (block >= M::blocks(batches)) return;
+  const M map(block, thread_id());
+  Step<M, X> xs, xs_ahead;
+  Step<M, DY> gs, gs_ahead;
+  xs.issue(map, x, 0);
+  gs.issue(map, dy, 0);
+  ChannelConstants<M, W, B, SILU> constants;
+  constants.load(map, weight, bias, stats);
+
+  float sums[2][V] = {};
+#pragma unroll 1
+  for (int s = 0; s < M::STEPS; ++s) {
+    if (s + 1 < M::STEPS) xs_ahead.issue(map, x, s + 1), gs_ahead.issue(map, dy, s + 1);
+#pragma unroll
+    for (int k = 0; k < M::K; ++k) {
+      if (!map.has(s, k)) continue;
+      float f[V], g[V];
+      widen<X, V>(xs.raw[k], f);
+      widen<DY, V>(gs.raw[k], g);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float xh = constants.stats[i / M::U].normalised(f[i]);
+        const float g1 = through_activation<SILU>(g[i], xh, constants.w[i], constants.b[SILU ? i : 0]);
+        sums[0][i] = fused_multiply_add(g1, xh, sums[0][i]);
+        sums[1][i] += g1;
+      }
+    }
+    xs = xs_ahead, gs = gs_ahead;
+  }
+
+  float* memory = (float*)shared_memory();
+  float* totals = memory + 2 * Q * TILE;
+  if (map.q < u32(Q)) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      store_bits((char*)(memory + (n * Q + map.q) * TILE + map.j * V), narrow<F32, V>(sums[n]));
+  }
+  barrier();
+  for (u32 i = map.thread; i < u32(2 * TILE); i += M::THREADS) {
+    const u32 n = i / TILE, column = i % TILE, channel = map.tile * TILE + column;
+    float sum = 0.f;
+#pragma unroll 4
+    for (int q = 0; q < Q; ++q) sum += memory[(n * Q + q) * TILE + column];
+    const bool there = M::C % TILE == 0 || channel < u32(M::C);
+    totals[i] = there ? sum * load_channel<W>(weight, channel, 1.f) : 0.f;
+    if (there && out.partials != nullptr)
+      out.partials[(map.batch * M::PARTS + map.part) * (2 * M::C) + n * M::C + channel] = sum;
+  }
+  float* groups = totals + 2 * TILE;
+  segment_sums<2 * M::GROUPS, M::CG, M::THREADS>(totals, groups, map.thread);
+  barrier();
+  for (u32 i = map.thread; i < u32(2 * M::GROUPS); i += M::THREADS) {
+    const u32 n = i / M::GROUPS, g = map.tile * M::GROUPS + i % M::GROUPS;
+    if (g < u32(M::G)) out.shares[((map.batch * M::G + g) * 2 + n) * M::PARTS + map.part] = groups[i];
+  }
+}
+
+// Channels first: LANES threads sum PART chunks of one channel; a block has LINES of them (one, if LANES is more than a
+// wave).
+template <int S_, int C_, int CG_, int V_, int LANES_, int LINES_, int K_, int PART_> struct ChannelMap {
+  static constexpr int S = S_, C = C_, CG = CG_, V = V_, LANES = LANES_, LINES = LINES_, K = K_, PART = PART_;
+  static constexpr int THREADS = LANES * LINES, WAVES = THREADS / kWave, CHUNKS = S / V;
+  static constexpr int PARTS = ceil_div(CHUNKS, PART), STEPS = ceil_div(PART, LANES* K), G = C / CG;
+  static_assert(S % V == 0 && THREADS % kWave == 0 && (LINES == 1 || LANES <= kWave), "lines of lanes");
+
+  u64 row;  // batch * C + channel
+  u64 start;
+  u32 part, lane;
+  bool live;
+
+  JN_DEV ChannelMap(u64 block, u32 thread, u64 batches) {
+    const u64 item = block * LINES + thread / LANES;
+    lane = thread % LANES;
+    part = u32(item % PARTS);
+    row = item / PARTS;
+    live = row < batches * C;
+    start = (row * CHUNKS + u64(part) * PART + lane) * V;
+  }
+  static JN_DEV u64 blocks(u64 batches) { return (batches * (u64(C) * PARTS) + (LINES - 1)) / LINES; }
+  JN_DEV bool has(int step, int k) const {
+    const u32 c = u32(step * K + k) * LANES + lane;
+    return live && c < u32(PART) && (CHUNKS % PART == 0 || part * PART + c < u32(CHUNKS));
+  }
+  JN_DEV u64 at(int step, int k) const { return start + u64(u32(step * K + k) * LANES) * V; }
+};
+
+template <class M, class X, class DY, class W, class B, bool SILU>
+JN_DEV void group_bwd_rows(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                           u64 batches, SumsOut out) {
+  constexpr int V = M::V;
+  const u64 block = linear_block();
+  if (block >= M::blocks(batches)) return;
+  const u32 thread = thread_id();
+  const M map(block, thread, batches);
+  Step<M, X> xs, xs_ahead;
+  Step<M, DY> gs, gs_ahead;
+  xs.issue(map, x, 0);
+  gs.issue(map, dy, 0);
+  const u64 batch = map.row / M::C;
+  const u32 channel = u32(map.row % M::C);
+  ChannelStats constants{};
+  float w = 1.f, b = 0.f;
+  if (map.live) {
+    constants.load(stats, batch, channel, M::C);
+    w = load_channel<W>(weight, channel, 1.f);
+    if constexpr (SILU) b = load_channel<B>(bias, channel, 0.f);
+  }
+
+  float sums[2] = {};
+#pragma unroll 1
+  for (int s = 0; s < M::STEPS; ++s) {
+    if (s + 1 < M::STEPS) xs_ahead.issue(map, x, s + 1), gs_ahead.issue(map, dy, s + 1);
+#pragma unroll
+    for (int k = 0; k < M::K; ++k) {
+      if (!map.has(s, k)) continue;
+      float f[V], g[V], part[2] = {};
+      widen<X, V>(xs.raw[k], f);
+      widen<DY, V>(gs.raw[k], g);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float xh = constants.normalised(f[i]);
+        const float g1 = through_activation<SILU>(g[i], xh, w, b);
+        part[0] = fused_multiply_add(g1, xh, part[0]);
+        part[1] += g1;
+      }
+      sums[0] += part[0];
+      sums[1] += part[1];
+    }
+    xs = xs_ahead, gs = gs_ahead;
+  }
+  sums[0] = lanes_sum<min_of(M::LANES, kWave) / 2>(sums[0]);
+  sums[1] = lanes_sum<min_of(M::LANES, kWave) / 2>(sums[1]);
+  if constexpr (M::LANES > kWave) {
+    float* memory = (float*)shared_memory();
+    if (thread % kWave == 0) memory[thread / kWave] = sums[0], memory[M::WAVES + thread / kWave] = sums[1];
+    barrier();
+    constexpr int slots = next_power_of_2(M::WAVES);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float all[slots];
+#pragma unroll
+      for (int i = 0; i < slots; ++i) all[i] = i < M::WAVES ? memory[n * M::WAVES + (i < M::WAVES ? i : 0)] : 0.f;
+      sums[n] = halving_sum(all);
+    }
+  }
+  if (!map.live || map.lane != 0) return;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    if (out.partials != nullptr)
+      out.partials[(batch * M::PARTS + map.part) * (2 * M::C) + n * M::C + channel] = sums[n];
+    const u64 group = batch * M::G + channel / M::CG;
+    out.shares[(group * 2 + n) * (M::CG * M::PARTS) + channel % M::CG * M::PARTS + map.part] = sums[n] * w;
+  }
+}
+
+// mean(gw * xh) and mean(gw) of a group from its SHARES shares, by SUB lanes.
+struct GroupMeans {
+  float along, plain;
+};
+template <int SHARES, int SUB> JN_DEV GroupMeans add_shares(const float* shares, u32 lane, float scale, bool there) {
+  float sum[2] = {};
+  if (there) {
+#pragma unroll 2
+    for (u32 p = lane; p < u32(SHARES); p += SUB) sum[0] += shares[p], sum[1] += shares[SHARES + p];
+  }
+  return GroupMeans{lanes_sum<SUB / 2>(sum[0]) * scale, lanes_sum<SUB / 2>(sum[1]) * scale};
+}
+
+// Blocks go backwards, as in group_apply. Shared memory (channels last): 2 * GROUPS floats.
+template <class M, class X, class DY, class W, class B, class DX, bool SILU, int SHARES>
+JN_DEV void group_bwd_dx(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                         const float* shares, u64 batches, char* dx) {
+  constexpr int V = M::V, SUB = min_of(kWave, next_power_of_2(SHARES));
+  const u64 block = linear_block();
+  if (block >= M::blocks(batches)) return;
+  const M map(M::blocks(batches) - 1 - block, thread_id());
+  Step<M, X> xs, xs_ahead;
+  Step<M, DY> gs, gs_ahead;
+  xs.issue(map, x, 0);
+  gs.issue(map, dy, 0);
+  const float scale = 1.f / (float(M::CG) * float(M::S));
+  const u32 lane = map.thread % SUB;
+  shares += map.batch * M::G * (2 * SHARES);
+  GroupMeans means[M::UNITS];
+  ChannelStats first;
+  [[maybe_unused]] ChannelConstants<M, W, B, SILU> constants;
+  if constexpr (M::LAST) {
+    constants.load(map, weight, bias, stats);
+    float* memory = (float*)shared_memory();
+    constexpr int at_once = M::THREADS / SUB;
+#pragma unroll 2
+    for (int s = 0; s < M::GROUPS; s += at_once) {
+      const u32 g = s + map.thread / SUB, whole = map.tile * M::GROUPS + g;
+      const bool there = g < u32(M::GROUPS) && whole < u32(M::G);
+      const GroupMeans found = add_shares<SHARES, SUB>(shares + u64(whole) * (2 * SHARES), lane, scale, there);
+      if (there && lane == 0) memory[2 * g] = found.along, memory[2 * g + 1] = found.plain;
+    }
+    barrier();
+#pragma unroll
+    for (int u = 0; u < M::UNITS; ++u) {
+      const float* at = memory + 2 * (map.live ? map.group(u) : 0);
+      means[u] = GroupMeans{at[0], at[1]};
+    }
+  } else {
+    first.load(stats, map.batch, map.g * M::CG, M::C);
+    means[0] = add_shares<SHARES, SUB>(shares + map.g * (2 * SHARES), lane, scale, true);
+  }
+
+#pragma unroll 1
+  for (int s = 0; s < M::STEPS; ++s) {
+    if (s + 1 < M::STEPS) xs_ahead.issue(map, x, s + 1), gs_ahead.issue(map, dy, s + 1);
+#pragma unroll
+    for (int k = 0; k < M::K; ++k) {
+      if (!map.has(s, k)) continue;
+      float f[V], g[V], w = 1.f, b = 0.f;
+      if constexpr (!M::LAST) {
+        w = load_channel<W>(weight, map.channel(s, k), 1.f);
+        if constexpr (SILU) b = load_channel<B>(bias, map.channel(s, k), 0.f);
+      }
+      widen<X, V>(xs.raw[k], f);
+      widen<DY, V>(gs.raw[k], g);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        if constexpr (M::LAST) w = constants.w[i];
+        if constexpr (M::LAST && SILU) b = constants.b[SILU ? i : 0];
+        const int u = i / M::U;
+        const ChannelStats& st = M::LAST ? constants.stats[u] : first;
+        const float xh = st.normalised(f[i]);
+        const float gw = through_activation<SILU>(g[i], xh, w, b) * w;
+        f[i] = st.rstd * fused_multiply_add(-xh, means[u].along, gw - means[u].plain);
+      }
+      store_bits(dx + map.at(s, k) * DX::size, narrow<DX, V>(f));
+    }
+    xs = xs_ahead, gs = gs_ahead;
+  }
+}
+
+}  // namespace jaxnorm

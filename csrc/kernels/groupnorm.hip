@@ -1,0 +1,80 @@
+// GroupNorm with an optional SiLU, and its gradient. All sizes, types and options are macros
+// (kernels/configs/groupnorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Arrays
+// are dense: [batch, S, C] with channels last, [batch, C, S] with channels first.
+#include "jaxnorm/groups_bwd.h"
+#include "jaxnorm/groups_fwd.h"
+#include "jaxnorm/rows_bwd.h"
+
+#undef JN_MAP
+#if JN_LAST
+#define JN_MAP jaxnorm::LastMap<JN_S, JN_C, JN_CG, JN_V, JN_TILE, JN_Q, JN_K, JN_PART>
+#else
+#define JN_MAP jaxnorm::FirstMap<JN_S, JN_C, JN_CG, JN_V, JN_THREADS, JN_K, JN_PART>
+#endif
+
+#if defined(JN_ENTRY_groupnorm_fwd)
+// y = act((x - mean) * rsqrt(var + eps) * weight + bias), a block reading whole groups once
+//   x, y [batch, S, C]; weight, bias [C] or null; stats [batch, 3, C] float32 (m, low, rstd) or null
+JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS) groupnorm_fwd(const char* x, const char* weight, const char* bias,
+                                                            unsigned long long batches, char* y, float* stats) {
+  using namespace jaxnorm;
+  using Store = AffineStore<JN_MAP, JN_WEIGHT, JN_BIAS, JN_Y, JN_SILU>;
+  group_norm<JN_MAP, JN_X>(x, Store{weight, bias, y}, JN_EPS, batches, JN_HAS_STATS ? stats : nullptr);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_partials)
+// partials [batch * G, 2 or 3, PARTS] float32 of x
+JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_partials(const char* x, unsigned long long batches, float* partials) {
+  using namespace jaxnorm;
+  group_partials<JN_MAP, JN_X, JN_LOW>(x, batches, partials);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_apply)
+// y (and stats) from x and its partials
+JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_apply(const char* x, const char* weight, const char* bias, const float* partials,
+                    unsigned long long batches, char* y, float* stats) {
+  using namespace jaxnorm;
+  using Store = AffineStore<JN_MAP, JN_WEIGHT, JN_BIAS, JN_Y, JN_SILU>;
+  group_apply<JN_MAP, JN_X, Store, JN_LOW>(x, partials, Store{weight, bias, y}, JN_EPS, batches,
+                                           JN_HAS_STATS ? stats : nullptr);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_bwd_sums)
+// partials [batch * PARTS, 2, C] (or null) and shares [batch * G, 2, shares] of x, dy and the saved stats
+JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_bwd_sums(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                       unsigned long long batches, float* partials, float* shares) {
+  using namespace jaxnorm;
+  const SumsOut out{JN_HAS_DPARAMS ? partials : nullptr, shares};
+#if JN_LAST
+  group_bwd_sums<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_SILU>(x, dy, weight, bias, stats, batches, out);
+#else
+  using Map = ChannelMap<JN_S, JN_C, JN_CG, JN_V, JN_LANES, JN_LINES, JN_K, JN_PART>;
+  group_bwd_rows<Map, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_SILU>(x, dy, weight, bias, stats, batches, out);
+#endif
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_bwd_dx)
+// dx from x, dy, stats and shares
+JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_bwd_dx(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                     const float* shares, unsigned long long batches, char* dx) {
+  using namespace jaxnorm;
+  group_bwd_dx<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_SHARES>(x, dy, weight, bias, stats, shares,
+                                                                                   batches, dx);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_bwd_reduce)
+// dparams[n] = sum over p of partials[p][n], in a fixed order
+JN_ENTRY JN_BOUNDS(JN_COLUMNS* JN_SLICES, 1)
+    groupnorm_bwd_reduce(const float* partials, unsigned programs, float* dparams) {
+  jaxnorm::add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, programs, dparams);
+}
+#endif

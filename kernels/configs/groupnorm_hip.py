@@ -1,0 +1,472 @@
+"""Launches of the GroupNorm stages through ``csrc/kernels/groupnorm.hip``: what a block owns, and how a group is cut into parts.
+
+A group that a block can hold in its registers takes one launch; a larger one is cut into parts, of which one launch finds the
+statistics and a second puts them together and normalises. The cut (``part``), the lanes that share a column (``q``), the chunks
+a thread adds up in a row (``k``) fix the order of the sums: they follow from the spatial size, the channels of a group, the dtypes
+and the target alone. How many groups a block serves at once (``tile``) does not matter to the bits and may look at the batch.
+
+The sizes follow from registers, bytes in flight and cache sizes of an H200; AMD's register files are four times as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
+from ._hip import MAX_THREADS, TYPES, Constants, _ceil, _grid, _itemsize, _round_up, _type
+
+SOURCE = "groupnorm.hip"
+IMAGES = ("x", "dy", "y", "dx")
+MAX_PARTS = 256
+LARGE = 8 << 20  # bytes of 32 groups
+MAX_GROUP = 1 << 31  # elements of a group, whose positions and chunks are counted in 32 bits
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Part of a group, and how threads share it. ``part``: positions (channels last) or chunks (channels first)."""
+
+    part: int
+    k: int
+    """Chunks of a thread on their way at once."""
+    q: int = 1
+    """Channels last: threads that share a column of channels. Channels first: threads of a block."""
+    tile: int = 0
+    """Channels last: channels of a block."""
+    min_blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Channels first, sums of channels: ``lanes`` threads to a part of ``part`` chunks, ``lines`` of them in a block."""
+
+    part: int
+    k: int
+    lanes: int
+    lines: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """A problem in the terms of the kernels."""
+
+    problem: Problem
+    last: bool
+    batch: int
+    space: int
+    channels: int
+    group: int
+    """Channels of a group."""
+    wide: int
+    """Most elements of a chunk: 16 bytes of the narrowest image."""
+
+    @property
+    def v(self) -> int:
+        """Elements of a chunk: as ``wide`` as a row of channels, or the positions of a channel, allow."""
+        return _largest_power_of_2_in(self.channels if self.last else self.space, self.wide)
+
+    @property
+    def u(self) -> int:
+        """Neighbouring channels that are in one group whatever the chunk."""
+        return _largest_power_of_2_in(self.group, self.wide)
+
+    @property
+    def columns(self) -> int:
+        """Channels last: chunks of the narrowest tile of whole groups, the same for every v."""
+        return self.group // self.u
+
+    @property
+    def narrowest(self) -> int:
+        """Channels of that tile."""
+        return self.columns * self.v
+
+    @property
+    def words(self) -> int:
+        """Registers that a chunk takes while it waits."""
+        return max(1, self.wide * sum(_itemsize(self.problem, n) for n in ("x", "dy")) // 4)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a group: of the narrowest tile, channels last."""
+        return self.space * self.columns if self.last else self.group * self.space // self.v
+
+    @property
+    def groups(self) -> int:
+        return self.channels // self.group
+
+
+def _largest_power_of_2_in(n: int, most: int) -> int:
+    p = 1
+    while p * 2 <= most and n % (p * 2) == 0:
+        p *= 2
+    return p
+
+
+def _power_of_2_below(n: float) -> int:
+    return 1 << (max(int(n), 1).bit_length() - 1)
+
+
+def _sizes(problem: Problem) -> _Sizes:
+    shape, last = problem.shape("x"), bool(problem.option("last"))
+    space, channels = (prod(shape[1:-1]), shape[-1]) if last else (prod(shape[2:]), shape[1])
+    group = problem.option("group_channels")
+    assert isinstance(group, int)
+    wide = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name in IMAGES)
+    return _Sizes(problem, last, problem.rows, space, channels, group, wide)
+
+
+def plan(problem: Problem) -> tuple[Launch, ...]:
+    """The launches that compute ``problem``.
+
+    Raises:
+      Unsupported: another stage, nothing to do, another dtype, or a group too wide or too large for the kernels.
+    """
+    s = _check(problem)
+    if problem.stage == "groupnorm_fwd":
+        return _forward_launches(s, _forward(s))
+    return _backward_launches(s, *_backward(s))
+
+
+def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
+    """Other tunings, the plan first, for a benchmark to sweep. They compute the same stage in other orders of the sums."""
+    s = _check(problem)
+    found = [plan(problem)]
+    others = (
+        (_forward_launches(s, c) for c in _forward_candidates(s))
+        if problem.stage == "groupnorm_fwd"
+        else (_backward_launches(s, *c) for c in _backward_candidates(s))
+    )
+    for launches in others:
+        if launches not in found and _fits(problem, launches):
+            found.append(launches)
+    return found
+
+
+def _fits(problem: Problem, launches: tuple[Launch, ...]) -> bool:
+    return all(
+        launch.shared <= shared_memory(problem.target) and 0 < launch.threads <= MAX_THREADS for launch in launches
+    )
+
+
+def _check(problem: Problem) -> _Sizes:
+    if problem.stage not in ("groupnorm_fwd", "groupnorm_bwd"):
+        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
+    if problem.rows < 1 or 0 in problem.shape("x"):
+        raise Unsupported("there is nothing to launch a kernel for.")
+    for name, dtype in problem.dtypes:
+        if dtype not in TYPES:
+            raise Unsupported(f"{name} is {dtype}; the kernels read and write {', '.join(TYPES)}.")
+    s = _sizes(problem)
+    if s.last and s.columns > MAX_THREADS:
+        raise Unsupported(
+            f"groups of {s.group} channels take {s.columns} chunks of a position; a workgroup has {MAX_THREADS} threads."
+        )
+    if s.group * s.space >= MAX_GROUP:
+        raise Unsupported(f"a group of {s.group * s.space} elements; positions and chunks are counted in 32 bits.")
+    return s
+
+
+# --- forward
+
+
+def _forward(s: _Sizes) -> Cut:
+    return _on_chip(s) or _in_parts(s)
+
+
+def _on_chip(s: _Sizes) -> Cut | None:
+    """A block for whole groups: up to 768 threads, which leave each 80 registers (NVIDIA), 40 of them for the group."""
+    most = 40 // s.words
+    k = max(1 if s.chunks < 512 else 2, _ceil(s.chunks, 640))
+    if not s.last:
+        threads = max(64, _round_up(_ceil(s.chunks, k), 64))
+        return Cut(threads * k, k, threads) if k <= most and threads <= 768 else None
+    q = _ceil(s.space, min(k, s.space))
+    k = _ceil(s.space, q)
+    if k > most or q * s.columns > 768:
+        return None
+    return Cut(q * k, k, q, _tile(s, q, 256))
+
+
+def _tile(s: _Sizes, q: int, threads: int, parts: int = 1, blocks: float = 0.9) -> int:
+    """Channels of a block of about ``threads`` threads: whole groups, whole chunks, no wider than the array; with few examples
+    less, so that there are ``blocks`` for each compute unit."""
+    tiles = _ceil(s.channels, s.narrowest)
+    enough = max(1, int(s.batch * parts * tiles / (blocks * compute_units(s.problem.target))))
+    times = min(tiles, enough, max(1, threads // (q * s.columns)))
+    return s.narrowest * _ceil(tiles, _ceil(tiles, times))
+
+
+def _in_parts(s: _Sizes) -> Cut:
+    """Parts of about 40 KB of 32 groups, the usual number (1.3 KB of one): with two examples of 64x64x320 a block for each of the
+    H200's 132 compute units, all of whose bytes are on their way at once. Not more than 64 parts, or blocks would read more of
+    the statistics of parts than of the image; more again where a part would have more than 256 KB."""
+    size = max(_itemsize(s.problem, "x"), _itemsize(s.problem, "y"))
+    whole = s.space * s.group * 32 * size
+    parts = min(64, _ceil(whole, 40 << 10))
+    parts = min(MAX_PARTS, max(parts, whole >> 18))
+    if s.last:
+        large = whole >= LARGE  # a block walks over its part: narrow tiles, so that three blocks share a compute unit
+        q = max(1, min(32, _power_of_2_below(512 / s.columns if large else 160 / s.group)))
+        q = min(
+            max(q, 4 if s.columns <= 192 else 1), _power_of_2_below(MAX_THREADS / s.columns), next_power_of_2(s.space)
+        )
+        part = _round_up(_ceil(s.space, parts), q)
+        if part > 4 * q:
+            part = _round_up(part, 4 * q)
+        k = max(1, min(4, part // q, 16 // s.words))
+        return Cut(
+            part, k, q, _tile(s, q, *((384, _ceil(s.space, part), 3.0) if large else (640, _ceil(s.space, part))))
+        )
+    # a block has one group: parts of 32 KB and more
+    parts = max(1, min(MAX_PARTS, s.group * s.space * size >> 15, 64))
+    threads, k = 512, max(1, min(4, 16 // s.words))
+    return Cut(_round_up(_ceil(s.chunks, parts), threads * k), k, threads)
+
+
+def _forward_candidates(s: _Sizes) -> Iterator[Cut]:
+    base = _in_parts(s)
+    if chip := _on_chip(s):
+        yield chip
+        for threads in (256, 384, 512, 768, 1024):
+            if s.last:
+                yield replace(chip, tile=_tile(s, chip.q, threads))
+            elif (k := _ceil(s.chunks, threads)) <= 10:
+                yield Cut(threads * k, k, threads)
+    yield base
+    for factor in (0.5, 1, 2, 4):
+        if s.last:
+            for q in (base.q // 2, base.q, base.q * 2):
+                part = _round_up(max(1, int(base.part * factor)), max(q, 1))
+                if q < 1 or q * s.columns > MAX_THREADS or _ceil(s.space, part) > MAX_PARTS:
+                    continue
+                for k in (2, 4):
+                    for threads in (320, 640):
+                        if k * q <= part:
+                            yield Cut(part, k, q, _tile(s, q, threads, _ceil(s.space, part)))
+        else:
+            for threads in (256, 512, 1024):
+                for k in (2, 4):
+                    part = _round_up(int(base.part * factor), threads * k)
+                    if _ceil(s.chunks, part) <= MAX_PARTS:
+                        yield Cut(part, k, threads)
+
+
+def _map(s: _Sizes, c: Cut) -> tuple[Constants, int]:
+    """The macros of JN_MAP, and the threads of a block."""
+    wave = wave_size(s.problem.target)
+    threads = _round_up(c.q * (c.tile // s.v), wave) if s.last else c.q
+    shape = (("JN_TILE", c.tile), ("JN_Q", c.q)) if s.last else ()
+    common = (
+        ("JN_LAST", s.last),
+        ("JN_S", s.space),
+        ("JN_C", s.channels),
+        ("JN_CG", s.group),
+        ("JN_V", s.v),
+        ("JN_K", c.k),
+        ("JN_PART", c.part),
+        ("JN_THREADS", threads),
+        ("JN_MIN_BLOCKS", c.min_blocks),
+    )
+    return (*common, *shape), threads
+
+
+def _parts(s: _Sizes, c: Cut) -> int:
+    return _ceil(s.space if s.last else s.chunks, c.part)
+
+
+def _blocks(s: _Sizes, c: Cut) -> int:
+    """Map::blocks"""
+    return s.batch * _parts(s, c) * (_ceil(s.channels, c.tile) if s.last else s.groups)
+
+
+def _sum_bytes(s: _Sizes, c: Cut, threads: int, n: int) -> int:
+    """Map::sum_floats"""
+    if not s.last:
+        return 4 * n * (threads // wave_size(s.problem.target))
+    groups = c.tile // s.group
+    return 4 * n * (groups * c.q * (s.group // min(s.u, s.v)) + groups)
+
+
+def _vectors(s: _Sizes) -> Constants:
+    p = s.problem
+    return (
+        ("JN_X", _type(p, "x")),
+        ("JN_WEIGHT", _type(p, "weight")),
+        ("JN_BIAS", _type(p, "bias")),
+        ("JN_SILU", bool(p.option("silu"))),
+    )
+
+
+def _forward_launches(s: _Sizes, c: Cut) -> tuple[Launch, ...]:
+    p, (shape, threads) = s.problem, _map(s, c)
+    batches = ("batches", "i64", s.batch)
+    low = p.dtype("x") == "float32"
+    constants = (
+        *shape,
+        *_vectors(s),
+        ("JN_Y", _type(p, "y")),
+        ("JN_EPS", float(p.option("eps"))),  # type: ignore[arg-type]
+        ("JN_HAS_STATS", p.has("stats")),
+    )
+    sums = _sum_bytes(s, c, threads, 1) + _sum_bytes(s, c, threads, 2)
+    if _parts(s, c) == 1 and c.part == c.q * c.k:
+        return (
+            Launch(
+                kernel=f"{SOURCE}:groupnorm_fwd",
+                inputs=("x", "weight", "bias"),
+                outputs=("y", "stats"),
+                grid=_grid(_blocks(s, c)),
+                constants=constants,
+                scalars=(batches,),
+                threads=threads,
+                shared=sums,
+            ),
+        )
+    planes = 3 if low else 2
+    partials = Launch(
+        kernel=f"{SOURCE}:groupnorm_partials",
+        inputs=("x",),
+        outputs=("partials",),
+        grid=_grid(_blocks(s, c)),
+        constants=(*shape, ("JN_X", _type(p, "x")), ("JN_LOW", low)),
+        scalars=(batches,),
+        threads=threads,
+        shared=sums,
+        temps=(("partials", (s.batch * s.groups, planes, _parts(s, c)), "float32"),),
+    )
+    apply = Launch(
+        kernel=f"{SOURCE}:groupnorm_apply",
+        inputs=("x", "weight", "bias", "partials"),
+        outputs=("y", "stats"),
+        grid=_grid(_blocks(s, c)),
+        constants=(*constants, ("JN_LOW", low)),
+        scalars=(batches,),
+        threads=threads,
+        shared=12 * (c.tile // s.group) if s.last else 0,
+    )
+    return partials, apply
+
+
+# --- backward
+
+
+def _backward(s: _Sizes) -> tuple[Cut | Lines, Cut]:
+    """(how the sums are cut, how dx is)."""
+    c = _in_parts(s)
+    k = max(1, min(c.k, 16 // s.words))
+    if s.last:
+        # eight groups to a chunk cost a thread 40 registers of constants
+        cut = replace(c, k=k)
+        if s.u == 1:
+            cut = replace(cut, tile=min(c.tile, _tile(s, c.q, 320, _parts(s, c))))
+        while _backward_shared(s, cut) > shared_memory(s.problem.target) and cut.tile > s.narrowest:
+            cut = replace(cut, tile=cut.tile - s.narrowest)
+        if _backward_shared(s, cut) > shared_memory(s.problem.target):
+            cut = replace(cut, q=max(1, cut.q // 2))
+        return cut, cut
+    return _lines(s, k), replace(c, k=k, part=_round_up(c.part, c.q * k))
+
+
+def _lines(s: _Sizes, k: int, most: int = 256) -> Lines:
+    """Short channels share a block; long ones are cut into parts of 64 KB and more, at most 64."""
+    wave, chunks = wave_size(s.problem.target), s.space // s.v
+    if chunks <= wave * k:
+        lanes = min(wave, next_power_of_2(_ceil(chunks, k)))
+        return Lines(lanes * _ceil(chunks, lanes), k, lanes, 128 // lanes)
+    lanes = min(most, _round_up(_ceil(chunks, k), wave))
+    parts = min(64, max(1, chunks >> 12))
+    return Lines(_round_up(_ceil(chunks, parts), lanes * k), k, lanes, 1)
+
+
+def _backward_candidates(s: _Sizes) -> Iterator[tuple[Cut | Lines, Cut]]:
+    sums, dx = _backward(s)
+    for factor in (0.5, 1, 2):
+        for k in (1, 2, 4):
+            if isinstance(sums, Lines):
+                for lanes in (128, 256, 512):
+                    part = _round_up(int(dx.part * factor), dx.q * k)
+                    yield _lines(s, k, lanes), replace(dx, part=part, k=k)
+                continue
+            for threads in (320, 640):
+                part = _round_up(max(1, int(sums.part * factor)), sums.q)
+                if k * sums.q <= part and _ceil(s.space, part) <= MAX_PARTS:
+                    tile = _tile(s, sums.q, threads, _ceil(s.space, part))
+                    cut = replace(sums, part=part, k=k, tile=tile)
+                    yield cut, cut
+
+
+def _backward_shared(s: _Sizes, c: Cut) -> int:
+    """Shared memory of group_bwd_sums."""
+    return 4 * (2 * c.q * c.tile + 2 * c.tile + 2 * (c.tile // s.group))
+
+
+def _backward_launches(s: _Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ...]:
+    p = s.problem
+    (shape, threads), batches = _map(s, dx), ("batches", "i64", s.batch)
+    vectors = (*_vectors(s), ("JN_DY", _type(p, "dy")))
+    dparams = p.has("dparams")
+    if isinstance(sums, Lines):
+        parts = _ceil(s.space // s.v, sums.part)
+        lanes = {"JN_K": sums.k, "JN_PART": sums.part, "JN_THREADS": sums.lanes * sums.lines, "JN_MIN_BLOCKS": 1}
+        constants = tuple((n, lanes.get(n, v)) for n, v in shape)
+        constants = (*constants, ("JN_LANES", sums.lanes), ("JN_LINES", sums.lines))
+        blocks = _ceil(s.batch * s.channels * parts, sums.lines)
+        sum_threads, shared = sums.lanes * sums.lines, 8 * (sums.lanes // wave_size(p.target))
+        shares = s.group * parts
+    else:
+        parts = shares = _parts(s, sums)
+        constants, sum_threads = _map(s, sums)
+        blocks, shared = _blocks(s, sums), _backward_shared(s, sums)
+    launches = [
+        Launch(
+            kernel=f"{SOURCE}:groupnorm_bwd_sums",
+            inputs=("x", "dy", "weight", "bias", "stats"),
+            outputs=("partials", "shares"),
+            grid=_grid(blocks),
+            constants=(*constants, *vectors, ("JN_HAS_DPARAMS", dparams)),
+            scalars=(batches,),
+            threads=sum_threads,
+            shared=shared,
+            temps=(
+                *((("partials", (s.batch * parts, 2, s.channels), "float32"),) if dparams else ()),
+                ("shares", (s.batch * s.groups, 2, shares), "float32"),
+            ),
+        ),
+        Launch(
+            kernel=f"{SOURCE}:groupnorm_bwd_dx",
+            inputs=("x", "dy", "weight", "bias", "stats", "shares"),
+            outputs=("dx",),
+            grid=_grid(_blocks(s, dx)),
+            constants=(*shape, *vectors, ("JN_DX", _type(p, "dx")), ("JN_SHARES", shares)),
+            scalars=(batches,),
+            threads=threads,
+            shared=8 * (dx.tile // s.group) if s.last else 0,
+        ),
+    ]
+    if dparams:
+        launches.append(_reduce_launch(s, s.batch * parts))
+    return tuple(launches)
+
+
+def _reduce_launch(s: _Sizes, rows: int) -> Launch:
+    """One block for 128 bytes of columns, as for the weight gradient of rows."""
+    n = 2 * s.channels
+    v, columns, slices = _largest_power_of_2_in(n, 4), 8, 32
+    return Launch(
+        kernel=f"{SOURCE}:groupnorm_bwd_reduce",
+        inputs=("partials",),
+        outputs=("dparams",),
+        grid=(_ceil(n, columns * v), 1, 1),
+        constants=(
+            ("JN_LAST", s.last),
+            ("JN_N", n),
+            ("JN_V", v),
+            ("JN_COLUMNS", columns),
+            ("JN_SLICES", slices),
+        ),
+        scalars=(("programs", "i32", rows),),
+        threads=columns * slices,
+        shared=slices // 2 * columns * v * 4,
+    )
