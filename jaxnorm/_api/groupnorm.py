@@ -54,7 +54,7 @@ def _backward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Ar
     )
 
 
-_PLANS: dict[str, str] = {}
+_PLANS = {"triton": "groupnorm_triton", "hip": "groupnorm_hip"}
 FORWARD = register_stage(StageDef("groupnorm_fwd", "groupnorm", _forward_reference, _PLANS))
 BACKWARD = register_stage(StageDef("groupnorm_bwd", "groupnorm", _backward_reference, _PLANS))
 

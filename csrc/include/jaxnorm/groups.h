@@ -44,7 +44,7 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
   static constexpr int G = C / CG, GROUPS = TILE / CG, PER = Q * (CG / U);
   static constexpr int PARTS = ceil_div(S, PART), TILES = ceil_div(C, TILE), STEPS = ceil_div(PART, Q* K);
   static constexpr int SLOTS = G;  // units of work of one example that share sums: here its groups
-  static constexpr int sum_floats(int n) { return n * (GROUPS * PER + GROUPS); }
+  static JN_CONST int sum_floats(int n) { return n * (GROUPS * PER + GROUPS); }
   static_assert(C % CG == 0 && C % V == 0 && TILE % V == 0 && TILE % CG == 0, "whole groups and chunks");
 
   u64 batch;
@@ -107,7 +107,7 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
   static constexpr bool LAST = false;
   static constexpr int U = V, UNITS = 1, THREADS = T_, WAVES = THREADS / kWave, G = C / CG, GROUPS = 1;
   static constexpr int CHUNKS = CG * (S / V), PARTS = ceil_div(CHUNKS, PART), STEPS = ceil_div(PART, THREADS* K);
-  static constexpr int sum_floats(int n) { return n * WAVES; }
+  static JN_CONST int sum_floats(int n) { return n * WAVES; }
   static_assert(C % CG == 0 && S % V == 0 && THREADS % kWave == 0, "whole chunks");
 
   u64 batch;
