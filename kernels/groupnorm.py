@@ -99,12 +99,12 @@ def groupnorm_fwd(
     stats_ptr,  # [B, 3, C] float32: m0, e, rstd of each channel's group
     S: tl.constexpr,
     C: tl.constexpr,
-    CG: tl.constexpr,
-    EPS: tl.constexpr,
     LAST: tl.constexpr,
     SILU: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CG: tl.constexpr,
+    EPS: tl.constexpr,
     HAS_STATS: tl.constexpr,
     POS: tl.constexpr,
     CH: tl.constexpr,
@@ -180,11 +180,11 @@ def groupnorm_combine(
     S: tl.constexpr,
     C: tl.constexpr,
     CG: tl.constexpr,
-    EPS: tl.constexpr,
     PARTS: tl.constexpr,
-    PART: tl.constexpr,
     ROWS: tl.constexpr,
     CH: tl.constexpr,
+    EPS: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """A program puts the parts of one group together: ``[ROWS, CH]`` of them, each with its count of elements."""
     index = program_index().to(tl.int64)
@@ -312,10 +312,10 @@ def groupnorm_bwd_combine(
     S: tl.constexpr,
     C: tl.constexpr,
     CG: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     CH: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
 ):
     """A program owns one group of one example."""
     index = program_index().to(tl.int64)

@@ -193,6 +193,7 @@ def _combine(s: _Sizes, t: Tile) -> tuple[Constants, int]:
 def _forward_in_parts(s: _Sizes, t: Tile) -> tuple[Launch, ...]:
     p, parts = s.problem, s.parts(t)
     combine, warps = _combine(s, t)
+    # said by the launch that reads it, too: it is scratch of another dtype than the first input
     stats = () if p.has("stats") else (("stats", (s.batch, 3, s.channels), "float32"),)
     return (
         Launch(
@@ -220,6 +221,7 @@ def _forward_in_parts(s: _Sizes, t: Tile) -> tuple[Launch, ...]:
             grid=_programs(s, t),
             constants=(*_shape(s), *_vectors(s), *_walk(s, t)),
             num_warps=t.warps,
+            temps=stats,
         ),
     )
 
@@ -228,6 +230,7 @@ def _backward(s: _Sizes, t: Tile) -> tuple[Launch, ...]:
     p, parts = s.problem, s.parts(t)
     combine, warps = _combine(s, t)
     walk = (*_shape(s), *_vectors(s), *_walk(s, t))
+    means = (("means", (s.batch, 2, s.channels), "float32"),)
     launches = (
         Launch(
             kernel="groupnorm:groupnorm_bwd_sums",
@@ -245,7 +248,7 @@ def _backward(s: _Sizes, t: Tile) -> tuple[Launch, ...]:
             grid=_grid(s.batch * s.channels // s.group),
             constants=(*combine, ("HAS_WEIGHT", p.has("weight"))),
             num_warps=warps,
-            temps=(("means", (s.batch, 2, s.channels), "float32"),),
+            temps=means,
         ),
         Launch(
             kernel="groupnorm:groupnorm_bwd_dx",
@@ -254,6 +257,7 @@ def _backward(s: _Sizes, t: Tile) -> tuple[Launch, ...]:
             grid=_programs(s, t),
             constants=walk,
             num_warps=t.warps,
+            temps=means,  # said here, too: scratch of another dtype than the first input
         ),
     )
     return (*launches, _reduce(s, s.batch * parts)) if p.has("dparams") else launches
