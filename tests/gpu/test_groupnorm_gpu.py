@@ -15,6 +15,7 @@ from cases_groupnorm import BF16, EVERY_SMALL, F16, F32, LARGE_MEAN, SD_UNET, SD
 from test_groupnorm import both, check
 
 import jaxnorm
+from jaxnorm._compile import target
 
 pytestmark = pytest.mark.gpu
 backends = pytest.mark.parametrize("backend", ["triton", "hip"])
@@ -109,13 +110,12 @@ def test_nothing_outside_of_the_results_is_written(case, fill, backend):
     x, w, b = args = case.arrays()
     want, dy = case.forward(args), case.cotangent()
     gpu = driver.Driver()
-    target = "gfx942" if gpu.hip else "sm_" + str(jax.devices()[0].compute_capability).replace(".", "")
-    out = driver.run_guarded(
-        gpu, backend, case.problem("groupnorm_fwd", target), {"x": x, "weight": w, "bias": b}, fill
-    )
+    name = target.of_device(jax.devices()[0])
+    assert name is not None
+    out = driver.run_guarded(gpu, backend, case.problem("groupnorm_fwd", name), {"x": x, "weight": w, "bias": b}, fill)
     oracle.assert_y(out["y"], want, case.out_dtype)
     operands = {"x": x, "dy": dy, "weight": w, "stats": case.stats(want)} | ({"bias": b} if case.silu else {})
-    out = driver.run_guarded(gpu, backend, case.problem("groupnorm_bwd", target), operands, fill)
+    out = driver.run_guarded(gpu, backend, case.problem("groupnorm_bwd", name), operands, fill)
     gradients = (out["dx"], *(s.astype(a.dtype) for s, a in zip(out["dparams"], (w, b), strict=True)))
     oracle.assert_gradients(gradients, args, oracle.backward(want, dy))
 
