@@ -7,24 +7,11 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-WIDTHS = (16, 12, 8, 4, 2, 1)
+from jaxnorm._aot import isa as amd
 
-_AMD_METADATA = {
-    "vgpr": "vgpr_count",
-    "agpr": "agpr_count",
-    "sgpr": "sgpr_count",
-    "scratch": "private_segment_fixed_size",
-    "lds": "group_segment_fixed_size",
-    "wave": "wavefront_size",
-}
-_AMD_WIDTH = {
-    "dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4,
-    "ushort": 2, "sshort": 2, "short": 2, "u16": 2, "i16": 2, "b16": 2,
-    "ubyte": 1, "sbyte": 1, "byte": 1, "u8": 1, "i8": 1, "b8": 1,
-}  # fmt: skip
-_AMD_ACCESS = re.compile(
-    r"^\s*(?:global|buffer|flat)_(load|store)_(?:lds_)?(?:short_)?(?:d16_(?:hi_)?)?([a-z]+\d*(?:x\d)?)", re.M
-)
+WIDTHS = (16, 12, 8, 4, 2, 1)
+stats_amd = amd.stats
+
 _PTX_ACCESS = re.compile(
     r"\b(ld|st)\.(?:volatile\.|weak\.|relaxed\.\w+\.)?global((?:\.[\w:]+)*?)(?:\.v(\d))?\.[a-z](\d+)\b"
 )
@@ -33,38 +20,14 @@ _SASS_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.E((?:\.[A-Z0-9_]+)*)")
 _SASS_WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
-def stats_amd(asm: str) -> dict[str, dict[str, int]]:
-    """Per kernel of an AMD assembly text: vgpr, agpr, sgpr, scratch (bytes), spills (registers), lds (static bytes), wave."""
-    kernels: dict[str, dict[str, int]] = {}
-    metadata = asm[asm.index(".amdgpu_metadata") :]
-    # Entries of amdhsa.kernels are at two spaces of indentation, their arguments (which have names too) deeper.
-    for entry in re.split(r"\n  - (?=\.)", metadata)[1:]:
-        fields = dict(re.findall(r"(?:^|\n {4})\.(\w+): +(\S+)", entry))
-        if "name" not in fields:
-            continue
-        stats = {key: int(fields.get(field, 0)) for key, field in _AMD_METADATA.items()}
-        stats["spills"] = int(fields.get("vgpr_spill_count", 0)) + int(fields.get("sgpr_spill_count", 0))
-        kernels[fields["name"]] = stats
-    return kernels
-
-
 def counts(asm: str, target: str) -> dict[str, int]:
     """Static counts of instructions: ``load16`` ... ``load1``, ``store16`` ... ``store1`` (bytes a lane moves to or from global
     memory, copies that go straight to shared memory counted as loads), ``atomics`` (float ones), ``scratch`` and ``barriers``.
     """
     result = {f"{kind}{width}": 0 for kind in ("load", "store") for width in WIDTHS}
     if target.startswith("gfx"):
-        return _counts_amd(asm, result)
+        return amd.counts(asm)
     return _counts_ptx(asm, result) if ".visible .entry" in asm else _counts_sass(asm, result)
-
-
-def _counts_amd(asm: str, result: dict[str, int]) -> dict[str, int]:
-    for kind, suffix in _AMD_ACCESS.findall(asm):
-        result[f"{kind}{_AMD_WIDTH[suffix]}"] += 1
-    result["atomics"] = len(re.findall(r"^\s*(?:global|buffer|flat)_atomic_(?:pk_)?\w*f(?:16|32|64)", asm, re.M))
-    result["scratch"] = len(re.findall(r"^\s*scratch_", asm, re.M))
-    result["barriers"] = len(re.findall(r"^\s*s_barrier(?:_signal)?\b", asm, re.M))
-    return result
 
 
 def _counts_ptx(asm: str, result: dict[str, int]) -> dict[str, int]:

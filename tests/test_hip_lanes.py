@@ -126,3 +126,26 @@ def test_a_swap_gives_the_sums_of_an_exchange(distance: int) -> None:
 def test_the_header_says_what_the_test_reads() -> None:
     text = (Path(csrc_dir()) / "include" / "jaxnorm" / "gpu.h").read_text()
     assert "(lane_id() & D) ? s.a : s.b" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "rows"), [("gfx90a", 1024), ("gfx942", 32768), ("gfx950", 32768), ("gfx1100", 8192)]
+)
+def test_only_results_larger_than_the_last_cache_are_stored_past_it(target: str, rows: int) -> None:
+    streamed = []
+    for count in (rows // 16, rows):
+        problem = Case(8192, rows=count, target=target).forward()
+        (launch,) = rmsnorm_hip.plan(problem)
+        text = machine_code(launch, problem)
+        stores = re.findall(r"^\s*global_store_(?:dwordx4|b128)\s.*$", text, re.M)
+        assert stores
+        marked = [line for line in stores if re.search(r"\b(?:nt|slc)\b", line)]
+        assert len(marked) in (0, len(stores)), "y all or not at all"
+        streamed.append(bool(marked))
+    assert streamed == [False, True]
+
+
+def test_nvidia_keeps_its_stores() -> None:
+    for rows in (8, 1 << 20):
+        (launch,) = rmsnorm_hip.plan(Case(8192, rows=rows, target="sm_90").forward())
+        assert "JN_STREAM" not in dict(launch.constants)

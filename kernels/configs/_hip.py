@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from . import ITEMSIZE, Problem
 
 # gpu.h:kGridX; AMD wants blocks * threads < 2^32 in each dimension, and a block has at most 1024 threads
@@ -11,6 +13,10 @@ MAX_THREADS = 1024
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Constants = tuple[tuple[str, object], ...]
+
+# The last cache before memory, which results pass through: Infinity Cache of MI300 and MI355 (256 MiB) and of the RX 7900 XTX
+# (96 MiB), the L2 of a die of MI250 (8 MiB). From the vendor's descriptions.
+LAST_CACHE = {"gfx90a": 8 << 20, "gfx942": 256 << 20, "gfx950": 256 << 20, "gfx1100": 96 << 20}
 
 
 def _nvidia(problem: Problem) -> bool:
@@ -58,3 +64,10 @@ def _registers(threads: int, blocks: int) -> int:
     """Registers a thread gets on NVIDIA: each quarter of a unit has 16384, given out to whole warps, eight to a lane at a time."""
     warps = _ceil(blocks * _ceil(threads, 32), 4)
     return min(255, 16384 // (warps * 32) // 8 * 8)
+
+
+def _stream(problem: Problem, *results: str) -> Constants:
+    """Non-temporal stores on AMD where the results are larger than the last cache: whoever reads them next finds nothing there, and
+    the weights stay. Compiled and inspected, not run on AMD silicon; NVIDIA's kernels are left as they were measured."""
+    size = sum(math.prod(problem.shape(n)) * ITEMSIZE.get(problem.dtype(n), 1) for n in results if problem.has(n))
+    return (("JN_STREAM", True),) if size > LAST_CACHE.get(problem.target, size) else ()

@@ -23,6 +23,7 @@ from ._hip import (
     _registers,
     _round_up,
     _row_registers,
+    _stream,
     _sum_bytes,
     _type,
 )
@@ -341,7 +342,10 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         inputs=operands if norm else ("x", "smooth_scale", "static_scale"),
         outputs=("values", "scale", "residual_out", "y") if norm else ("values", "scale"),
         grid=(blocks, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll)),
-        constants=constants + _spec_constants(problem) + (_norm_constants(problem) if norm else ()),
+        constants=constants
+        + _spec_constants(problem)
+        + (_norm_constants(problem) if norm else ())
+        + _stream(problem, "values", "residual_out", "y"),
         scalars=(("rows", "i64", problem.rows), ("scale_rows", "i64", problem.shape("scale")[0] if tiles else 0)),
         threads=c.lanes * c.groups,
         shared=_fixed_bytes(problem, c.lanes) + sums + waiting,

@@ -101,16 +101,41 @@ template <class T, int V, bool STREAMED> JN_DEV Chunk<T, V> load_chunk(const cha
   }
 }
 
+// JN_STREAM (AMD): the results are larger than the last cache, so none of them will be found there by whoever reads
+// them next; a non-temporal store leaves the cache to what is read again (weights, partial sums, other kernels' data).
+#if defined(JN_AMD) && defined(JN_STREAM) && JN_STREAM
+#define JN_NON_TEMPORAL 1
+template <int BYTES> JN_DEV void store_piece(char* p, const Bits<BYTES>& b) {
+  if constexpr (BYTES == 16) {
+    typedef u32 Four __attribute__((ext_vector_type(4)));
+    __builtin_nontemporal_store(Four{b.word[0], b.word[1], b.word[2], b.word[3]}, (Four*)p);
+  } else if constexpr (BYTES == 8) {
+    typedef u32 Pair __attribute__((ext_vector_type(2)));
+    __builtin_nontemporal_store(Pair{b.word[0], b.word[1]}, (Pair*)p);
+  } else {
+    *(Bits<BYTES>*)p = b;
+  }
+}
+#endif
+
 template <int BYTES> JN_DEV void store_bits(char* p, const Bits<BYTES>& b) {
   if constexpr (BYTES <= 16) {
+#if defined(JN_NON_TEMPORAL)
+    store_piece(p, b);
+#else
     *(Bits<BYTES>*)p = b;
+#endif
   } else {
 #pragma unroll
     for (int i = 0; i < BYTES / 16; ++i) {
       Bits<16> piece;
 #pragma unroll
       for (int j = 0; j < 4; ++j) piece.word[j] = b.word[4 * i + j];
+#if defined(JN_NON_TEMPORAL)
+      store_piece(p + 16 * i, piece);
+#else
       ((Bits<16>*)p)[i] = piece;
+#endif
     }
   }
 }
