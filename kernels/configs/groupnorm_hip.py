@@ -235,6 +235,7 @@ def _forward_candidates(s: _Sizes) -> Iterator[Cut]:
             elif (k := _ceil(s.chunks, threads)) <= 10:
                 yield Cut(threads * k, k, threads)
     yield base
+    yield from (replace(base, min_blocks=b) for b in (2, 3))
     for factor in (0.5, 1, 2, 4):
         if s.last:
             for q in (base.q // 2, base.q, base.q * 2):
