@@ -80,6 +80,7 @@ test: $(PACKAGE) $(TOOLS) ## everything that needs no GPU; what CI runs
 	@echo "== tests"
 	@JAXNORM_REQUIRE=$(REQUIRE) $(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 \
 	  -m "not gpu and not multigpu and not slow" $(ARGS)
+	@$(MAKE) docs
 
 .PHONY: test-all
 test-all: $(PACKAGE) $(TOOLS) ## also the full matrices, every target and the mutants
@@ -100,6 +101,19 @@ demo: $(PACKAGE) ## Gemma 3 270M, real weights, generating text with jaxnorm's n
 .PHONY: minilm
 minilm: $(PACKAGE) $(MINILM) ## all-MiniLM-L6-v2, real weights, ranking sentences with jaxnorm's norms
 	@$(PY) -m examples.minilm $(ARGS)
+
+DOCS := .venv-docs
+$(DOCS)/.docs: pyproject.toml
+	@echo "== installing mkdocs into $(DOCS)"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(PYTHON) -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+	  | $(DOCS)/bin/python -m pip install -qq -r /dev/stdin
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS)/.docs ## the documentation as a web site in .build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet && echo "documentation: .build/site/index.html"
 
 .PHONY: lint
 lint: $(PACKAGE) $(TOOLS) ## ruff, pyright, clang-format

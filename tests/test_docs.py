@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import inspect
 import io
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -15,16 +18,17 @@ from pathlib import Path
 
 import jax
 import pytest
+from needs import need
 
 import jaxnorm
-from jaxnorm import _stage
+from jaxnorm import _stage, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+    *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")),
 ]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -34,7 +38,7 @@ def blocks(page: str, info: str) -> list[str]:
 
 
 def documented() -> dict[str, ast.FunctionDef | ast.ClassDef]:
-    (block,) = blocks("docs/contract.md", "python signatures")
+    (block,) = blocks("docs/contract.md", 'python title="signatures"')
     return {node.name: node for node in ast.parse(block).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
@@ -100,6 +104,55 @@ def test_python_blocks_run_and_print_what_they_say(page):
         exec(compile(source, page, "exec"), scope)
     assert jax.device_count() > 1  # else a sharded example shows nothing
     assert out.getvalue().splitlines() == re.findall(r"print\(.*# -> (.*)$", source, re.MULTILINE)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every call of our command line in a shell block, without what it is piped into."""
+    found = []
+    for page in PAGES:
+        for body in blocks(page, "bash"):
+            for line in body.splitlines():
+                words = shlex.split(line, comments=True)
+                words = words[: words.index("|")] if "|" in words else words
+                if words[:3] == ["python", "-m", "jaxnorm"]:
+                    found.append((page, words[3:]))
+                elif words[:1] == ["jaxnorm"]:
+                    found.append((page, words[1:]))
+    return found
+
+
+def test_shell_blocks_call_commands_with_options_that_exist(capsys):
+    """A command of a page may need a GPU, so its words are held against the help instead."""
+    need("cli", all(importlib.util.find_spec(p) for p in ("typer", "rich")), "pip install 'jaxnorm[cli]'")
+    helps: dict[tuple[str, ...], str] = {}
+    for page, words in commands():
+        assert words[0] in cli.COMMANDS, (page, words)
+        own = words[: words.index("--")] if "--" in words else words
+        group = (words[0], *[w for w in own[1:2] if words[0] == "cache"])
+        if group not in helps:
+            with contextlib.suppress(SystemExit):
+                cli.main([*group, "--help"])
+            helps[group] = capsys.readouterr().out
+        for option in (w.partition("=")[0] for w in own if w.startswith("--")):
+            assert re.search(rf"{option}\b", helps[group]), (page, words, option)
+    assert {group[0] for group in helps} >= {"bench", "tune", "explain", "cache", "doctor"}
+
+
+def test_the_web_site_has_every_page_once():
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r"^ +- [^:\n]+: ([\w/.-]+\.md)$", text[text.index("\nnav:") :], re.MULTILINE)
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert sorted(listed) == sorted(pages)
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(p.read_text() for p in (ROOT / "docs/reference").glob("*.md"))
+    shown = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    assert {name.rpartition(".")[2] for name in shown} >= set(jaxnorm.__all__) - {"__version__"}
+    for name in shown:
+        module, _, attribute = name.rpartition(".")
+        assert inspect.getdoc(getattr(importlib.import_module(module), attribute)), name
 
 
 def test_doctor_prints_what_the_readme_shows():
