@@ -1,12 +1,12 @@
 """Fused distributed calls, their composite and plain collectives, on 2, 4 or 8 GPUs of one host.
 
-    python -m benchmarks.distributed --out DIR [--ranks 4,2] [--features 8192,7168] [--rows 16,128,1024,8192,...] [--budget-seconds 240]
+    python -m benchmarks.distributed --out DIR [--ranks 4,2] [--features 8192,7168] [--rows 16,128,...] [--budget-seconds 240]
 
 Microseconds of one call of ``reduce_scatter_rmsnorm_quant_all_gather`` (bfloat16 in, fp8 with a scale a row out, bfloat16 weight):
 the wall clock of a jitted loop of K calls, each fed by the one before, divided by K; the best of 5. ``loop`` is the same with
 nothing called: its cost is in every figure. Kernel durations would not do: a kernel that waits for another GPU is long. Each pair
 of ranks and features runs in a process of its own that is killed when its time is up; ``distributed.json`` is written after every
-cell, and a second run goes on from there. At the end: the thresholds that the figures suggest for ``jaxnorm/distributed/schedule.py``.
+cell, and a second run goes on from there. At the end: what the figures suggest for ``jaxnorm/distributed/schedule.py``.
 """
 
 from __future__ import annotations
@@ -157,26 +157,30 @@ def suggest(cells: dict[str, Any]) -> list[str]:
     lines = []
     for ranks in sorted({c["ranks"] for c in cells.values()}):
         mine = [c for c in cells.values() if c["ranks"] == ranks and "composite" in c["us"]]
-        two = lambda c: min((v for k, v in c["us"].items() if k.startswith("two-shot")), default=float("inf"))  # noqa: E731
-        one = [c["rows"] * c["features"] * 2 for c in mine if c["us"].get("one-shot", float("inf")) <= two(c)]
-        not_one = [c["rows"] * c["features"] * 2 for c in mine if c["us"].get("one-shot", float("inf")) > two(c)]
+        ahead, behind = [], []
+        for c in mine:
+            two = min((v for k, v in c["us"].items() if k.startswith("two-shot")), default=float("inf"))
+            side = ahead if c["us"].get("one-shot", float("inf")) <= two else behind
+            side.append(c["rows"] * c["features"] * 2)
         lines.append(
-            f"{ranks} ranks: one shot ahead up to {max(one, default=0)} bytes, behind from {min(not_one, default=0)}"
+            f"{ranks} ranks: one shot ahead up to {max(ahead, default=0)} bytes, behind from {min(behind, default=0)}"
         )
-        behind = [
+        lost = [
             f"{c['rows']}x{c['features']}" for c in mine if c["us"].get("fused", float("inf")) >= c["us"]["composite"]
         ]
         lines.append(
-            f"{ranks} ranks: fused ahead of the composite at {len(mine) - len(behind)} of {len(mine)}; not at {behind or 'any'}"
+            f"{ranks} ranks: fused ahead of the composite at {len(mine) - len(lost)} of {len(mine)}, not at: {lost}"
         )
-        for c in sorted(mine, key=lambda c: (c["features"], c["rows"])):
-            fused = min(
-                (v for k, v in c["us"].items() if k in ("fused", "one-shot") or k.startswith("two-shot")), default=0
-            )
-            if fused:
-                lines.append(f"  {c['rows']:5d}x{c['features']} composite {c['us']['composite']:8.1f} best fused {fused:8.1f} "
-                             f"x{c['us']['composite'] / fused:.2f} {min(c['us'], key=lambda k: (k == 'loop', c['us'][k]))}")  # fmt: skip
+        lines += [_line(c) for c in sorted(mine, key=lambda c: (c["features"], c["rows"]))]
     return lines
+
+
+def _line(cell: dict[str, Any]) -> str:
+    us = cell["us"]
+    fused = {k: v for k, v in us.items() if k in ("fused", "one-shot") or k.startswith("two-shot")}
+    best = min(fused, key=lambda k: fused[k], default="")
+    ratio = us["composite"] / fused[best] if best else float("nan")
+    return f"  {cell['rows']:5d}x{cell['features']} composite {us['composite']:8.1f}  {best} {fused.get(best, 0):.1f}  x{ratio:.2f}"
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -202,8 +206,8 @@ def worker(path: pathlib.Path, ranks: int, n: int, rows: list[int], seconds: flo
         results["cells"][key] = measure(mesh, m, n)
         store.write_json(path, results)
         cell = results["cells"][key]
-        print(f"{key:22s}", *(f"{k} {v:.1f}" for k, v in cell["us"].items()), *(f"ERROR {k}: {v[:160]}" for k, v in cell["errors"].items()),
-              flush=True)  # fmt: skip
+        errors = [f"ERROR {k}: {v[:160]}" for k, v in cell["errors"].items()]
+        print(f"{key:22s}", *(f"{k} {v:.1f}" for k, v in cell["us"].items()), *errors, flush=True)
 
 
 def main() -> int:

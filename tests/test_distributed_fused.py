@@ -171,6 +171,10 @@ def test_one_custom_call_and_nothing_else(always, monkeypatch):
     assert (
         attribute(text, "layout") == '"pppppp"' and attribute(text, "rows") == "8" and attribute(text, "share") == "4"
     )
+    ragged = lowered(Call(7, 512, 2, residual="float32", weight="bfloat16"), mesh_of((2,), ("tp",)), "tp", monkeypatch)
+    assert (
+        hlo.custom_calls(ragged)["jaxnorm_fused"] == 1 and "stablehlo.select" in ragged
+    )  # zeros where no rank has a row
     both = mesh_of((2, 2), ("a", "b"), (3, 1, 0, 2))
     text = lowered(Call(8, 512, 4), both, ("a", "b"), monkeypatch)
     assert attribute(text, "devices") == "[3, 1, 0, 2]" and attribute(text, "layout") == '"pnppnn"'

@@ -45,6 +45,7 @@ class Decision:
     fused: bool
     reason: str
     launch: Launch | None = None
+    problem: Problem | None = None
 
 
 def decide(config: Config, dtypes: tuple[tuple[str, str], ...], impl: str) -> Decision:
@@ -87,7 +88,7 @@ def _planned(config: Config, dtypes: tuple[tuple[str, str], ...], no: Any) -> De
     half = distributed_hip.half_bytes(p)
     if half > schedule.HALF_BYTES:
         return no(f"its workspace would have halves of {half} bytes, more than {schedule.HALF_BYTES}")
-    return Decision(config.op, True, f"{p.option('schedule')} over peer memory", launch)
+    return Decision(config.op, True, f"{p.option('schedule')} over peer memory", launch, p)
 
 
 def _tuned(p: Problem) -> Launch:
@@ -221,20 +222,21 @@ def _lower(
     platform: str, ctx: Any, *args: Any, config: Config, names: Any, parts: Any, decision: Decision, composite: Any
 ) -> Any:
     found, reason = groups(_compat.lowered_mesh(ctx.module_context), config.axis)
-    t = target.resolve(platform, target.named())
-    p = problem(config, tuple((n, np.dtype(a.dtype).name) for n, a in zip(names, ctx.avals_in, strict=True)), t)
-    half = distributed_hip.half_bytes(p)
+    t, p, launch = target.resolve(platform, target.named()), decision.problem, decision.launch
+    if found is not None and (p is None or p.target != t):
+        found, reason = None, f"it was traced for another target than {t}"
+    half = distributed_hip.half_bytes(p) if p else 0
     if found is not None and (problematic := processes.unreachable(found, half)):
         found, reason = None, problematic
-    if found is None or decision.launch is None:
+    if found is None or p is None or launch is None:
         if "fused" in _dispatch.required():
             raise UnsupportedError(config.op, t, f"the fused kernel cannot serve it: {reason}.", "Leave impl='auto'.")
         return _lower_composite(ctx, *args, composite=composite)
-    code = hip.compile(decision.launch, p)
+    code = hip.compile(launch, p)
 
     def call(*operands: jax.Array) -> list[jax.Array]:
         out = _results(
-            config, p, _ffi_call(config, p, decision.launch, code, found, half, dict(zip(names, operands, strict=True)))
+            config, p, _ffi_call(config, p, launch, code, found, half, dict(zip(names, operands, strict=True)))
         )
         return [out[n] for n in parts]
 
