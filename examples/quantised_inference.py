@@ -10,6 +10,7 @@ likely character stays the same. The scale of a token and that of a channel fact
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -79,7 +80,7 @@ def evaluate(config: lm.Config, steps: int) -> dict[str, tuple[float, float]]:
     """{what: (loss in nats, share of the positions where the most likely character is the unquantised model's)}"""
     model, _ = lm.train("fused", config, steps)
     batch = next(lm.batches(lm.characters()[0], config, seed=1))
-    runs = {"bfloat16": jax.jit(lambda tokens: model(tokens))}
+    runs = {"bfloat16": functools.partial(nnx.jit(lambda model, tokens: model(tokens)), model)}
     runs |= {name: quantised(model, config, spec) for name, spec in SPECS.items()}
     found: dict[str, tuple[float, float]] = {}
     likely = None
