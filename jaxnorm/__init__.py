@@ -6,9 +6,13 @@ One call works under jit, grad, vmap, scan, pmap, shard_map and NamedSharding. `
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+
+if "jax" in sys.modules:  # else it may not even be installed, and the doctor is asked why
+    from . import _context as _context
 
 if TYPE_CHECKING:
     from . import aiter as aiter

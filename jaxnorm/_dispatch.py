@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import _compat, _launch, _native
+from . import _context, _launch, _native
 from ._compile import cache
 from ._compile import target as _target
 from ._stage import StageCall
@@ -21,7 +21,6 @@ from .errors import UnsupportedError, value_error
 from .kernels.configs import Launch, Problem, Unsupported
 
 BACKENDS = ("xla", "triton", "hip")
-_context = _compat.user_context(None)
 listeners: list[Callable[[StageCall, Problem, Chosen], None]] = []
 """Called with every choice, as it is made; what ``explain`` of a whole program hangs itself into."""
 
@@ -42,15 +41,15 @@ def use_backend(name: str | None) -> Any:
 
     Part of the key of ``jax.jit``'s cache: a function that was jitted under another backend is traced again.
     """
-    return _context(_check("use_backend", "name", name))
+    return _context.backend(_check("use_backend", "name", name))
 
 
 def requested(op: str, backend: str | None) -> tuple[str | None, str]:
     """(backend named by the caller, the context or the environment, or None; who named it)."""
     if backend is not None:
         return _check(op, "backend", backend), "backend="
-    if _context.value is not None:
-        return _context.value, "use_backend"
+    if _context.backend.value is not None:
+        return _context.backend.value, "use_backend"
     if name := os.environ.get("JAXNORM_BACKEND"):
         return _check("JAXNORM_BACKEND", "value", name), "JAXNORM_BACKEND"
     return None, ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -173,3 +175,23 @@ def test_backends_on_a_machine_without_gpu() -> None:
     assert info["xla"].usable
     for name in ("triton", "hip"):
         assert not info[name].usable and "needs a GPU" in info[name].reason and info[name].remedy
+
+
+ONCE = """
+import jax
+import jaxnorm
+traces = []
+@jax.jit
+def norm(x):
+    traces.append(0)
+    return jaxnorm.rmsnorm(x, None)
+norm(jax.numpy.ones((2, 8)))
+norm(jax.numpy.ones((2, 8)))
+assert len(traces) == 1, len(traces)
+"""
+
+
+def test_the_first_function_with_an_op_is_traced_once():
+    """The values behind use_backend and use_target are part of jit's key: made inside the first trace they would change it."""
+    done = subprocess.run([sys.executable, "-c", ONCE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -108,7 +108,7 @@ def test_module_and_package_have_one_version():
 # A module imports only from lines above its own. What a function imports when it runs is not bound by this.
 LAYERS = (
     "errors _version _paths _compat kernels _tune _compile.code_object",
-    "_types",
+    "_types _context",
     "_compile _stage _native",
     "_cache",
     "_ref",

@@ -9,12 +9,11 @@ from typing import Any
 
 import jax
 
-from .. import _compat
+from .. import _context
 from ..errors import UnsupportedError, value_error
 
 DEFAULT = {"cuda": "sm_90", "rocm": "gfx942"}
 _PATTERN = {"cuda": r"sm_\d{2,3}", "rocm": r"gfx[0-9a-f]{3,4}"}
-_named = _compat.user_context(())
 
 
 def use_target(targets: Mapping[str, str]) -> Any:
@@ -32,12 +31,12 @@ def use_target(targets: Mapping[str, str]) -> Any:
             raise value_error(
                 "use_target", f"targets[{platform!r}]", repr(target), f"a target such as {DEFAULT[platform]!r}"
             )
-    return _named(tuple(sorted(dict(targets).items())))
+    return _context.target(tuple(sorted(dict(targets).items())))
 
 
 def named() -> tuple[tuple[str, str], ...]:
     """What ``use_target`` names in this context."""
-    return _named.value or ()
+    return _context.target.value or ()
 
 
 def of_device(device: Any) -> str | None:
