@@ -22,15 +22,6 @@ from typing import Any
 from . import cells, compare, store, timing
 from .cells import Cell
 
-FATAL = (
-    "illegal_address",
-    "illegal memory",
-    "illegal instruction",
-    "misaligned",
-    "launch_failed",
-    "launch failure",
-    "device-side assert",
-)
 CRASHES = "JAXNORM_BENCH_CRASHED"
 STARTED = "JAXNORM_BENCH_STARTED"
 
@@ -71,11 +62,6 @@ def skip_reason(name: str, cell: Cell) -> str | None:
     return None
 
 
-def is_fatal(error: BaseException) -> bool:
-    text = str(error).lower()
-    return any(f in text for f in FATAL)
-
-
 def describe(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     where = f" ({pathlib.Path(last.filename).name}:{last.lineno})" if last else ""
@@ -105,7 +91,7 @@ def measure_cell(
             entry["skipped"] = describe(error)
         else:
             entry["error"] = describe(error)
-        if is_fatal(error):
+        if timing.is_fatal(error):
             raise DeviceLost(name, error)
 
     table = contestants()
@@ -191,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
         except Exception as e:
             print(f"{cell.op} {cell.key}: {describe(e)}", flush=True)
             traceback.print_exc()
-            if is_fatal(e):
+            if timing.is_fatal(e):
                 restart_without(cell, DeviceLost("*", e))
         release()
         longest = max(longest, time.time() - begin)

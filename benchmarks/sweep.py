@@ -173,13 +173,13 @@ def sweep_cell(
             programs.append(p)
         except Exception as e:
             errors[i] = run.describe(e)
-            if run.is_fatal(e):
+            if timing.is_fatal(e):
                 raise run.DeviceLost(label(plan, tuple(plans)), e) from e
 
     def failed(name: str, e: BaseException) -> None:
         if name.isdigit():
             errors[int(name)] = run.describe(e)
-        if run.is_fatal(e):
+        if timing.is_fatal(e):
             raise run.DeviceLost(name, e)
 
     extra = [j.copy_program(cell), j.xla_program(data)]

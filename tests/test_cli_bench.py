@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -56,8 +57,6 @@ def test_every_op_agrees_with_its_plain_form(name, one_set):
 
 
 def test_a_wrong_result_is_seen(one_set, monkeypatch):
-    import dataclasses
-
     wrong = dataclasses.replace(OPS["rmsnorm"], call=lambda x, w, backend: 1.02 * x * w)
     monkeypatch.setitem(OPS, "rmsnorm", wrong)
     record = measure.measure(Case("rmsnorm", (6, 64)), ["xla"], timing.WallTimer())
@@ -119,7 +118,7 @@ def need_matplotlib() -> None:
         need("matplotlib", False, str(error))
 
 
-def fake(case: Case, backends, timer) -> dict:
+def fake(case: Case, backends, timer, notes=None) -> dict:
     notes = {"xla": {"median_us": 2.0, "right": True, "distance": 0.0}, "plain": {"median_us": 4.0, "right": True}}
     return {"op": case.op, "shape": list(case.shape), "dtype": case.dtype, "spec": case.spec, "bytes": 4000, "copy_us": 1.0,
             "contestants": notes, "timer": "wall", "method": "m", "clocks": {}, "seconds": 0.1}  # fmt: skip
@@ -134,7 +133,7 @@ def test_numbers_of_the_table(call, monkeypatch):
 
 
 def test_wrong_and_failed_contestants_make_the_exit_code_1(call, monkeypatch, tmp_path):
-    def measured(case, backends, timer):
+    def measured(case, backends, timer, notes=None):
         record = fake(case, backends, timer)
         record["contestants"]["xla"] |= {"right": False, "distance": 0.5}
         record["contestants"]["plain"] = {"error": "RuntimeError: boom"}
@@ -151,7 +150,7 @@ def test_wrong_and_failed_contestants_make_the_exit_code_1(call, monkeypatch, tm
 def test_an_interruption_loses_nothing_and_the_budget_ends_a_run(call, monkeypatch, tmp_path):
     seen = []
 
-    def measured(case, backends, timer):
+    def measured(case, backends, timer, notes=None):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(case.key)
@@ -168,6 +167,45 @@ def test_an_interruption_loses_nothing_and_the_budget_ends_a_run(call, monkeypat
     code, _, err = call(*RUN, "--out", out, "--budget", "10")
     assert code == 0
     assert "budget: 1 of 4 cases left; the same command goes on from here" in err
+
+
+def test_a_contestant_that_takes_the_device_down_is_left_out_of_the_next_run(call, monkeypatch, tmp_path):
+    out = tmp_path / "r.json"
+    real = OPS["rmsnorm"].call
+
+    def lost(*arrays, backend):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
+
+    monkeypatch.setattr(timing, "rotation", lambda nbytes: (1, False))
+    monkeypatch.setitem(OPS, "rmsnorm", dataclasses.replace(OPS["rmsnorm"], call=lost))
+    run = ("bench", "--ops", "rmsnorm", "--shapes", "4x64", "--backends", "auto,xla", "--out", out)
+    monkeypatch.setattr(measure, "traffic", lambda case: 1000)
+    code, _, err = call(*run)
+    assert code == 1
+    assert "the device is lost after auto in rmsnorm 4x64 bfloat16: RuntimeError: CUDA_ERROR_ILLEGAL" in err
+    assert "Run the same command again: it goes on without it." in err
+
+    def again(*arrays, backend):
+        assert backend == "xla", "the contestant that lost the device ran again"
+        return real(*arrays, backend=backend)
+
+    monkeypatch.setitem(OPS, "rmsnorm", dataclasses.replace(OPS["rmsnorm"], call=again))
+    code, said, _ = call(*run)
+    assert code == 1 and "failed" in said  # it is still named
+    (record,) = json.loads(out.read_text())["cases"].values()
+    assert "median_us" in record["contestants"]["xla"] and record["contestants"]["auto"]["lost_the_device"]
+
+
+def test_a_case_that_cannot_be_set_up_is_recorded_and_the_others_run(call, monkeypatch, tmp_path):
+    def measured(case, backends, timer, notes=None):
+        if case.shape[0] == 4:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return fake(case, backends, timer)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    code, out, err = call("bench", "--ops", "rmsnorm", "--shapes", "4x64,8x64", "--out", tmp_path / "r.json")
+    assert code == 1
+    assert "RESOURCE_EXHAUSTED" in err and "0.50" in out
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,29 @@ CODES_TOLERANCE = 0.25
 """The same for quantised results, between what the codes stand for and float32: MXFP4 has 1 mantissa bit."""
 
 
+class DeviceLost(Exception):
+    """A contestant left the device unusable for this process; the text says which. Its case holds a note, so that the next run
+    does without it."""
+
+
 def contestants(backends: Sequence[str]) -> list[str]:
     """Names in a record: ours by backend, ``auto`` for no backend named, and the plain form."""
     return [*backends, PLAIN]
 
 
-def measure(case: Case, backends: Sequence[str], timer: timing.Timer) -> dict[str, Any]:
-    """One case; what fails is recorded beside what worked."""
+def measure(
+    case: Case, backends: Sequence[str], timer: timing.Timer, notes: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """One case; what fails is recorded beside what worked.
+
+    Args:
+      notes: filled with what is known of each contestant, also where this raises; one that is noted already is left out.
+
+    Raises:
+      DeviceLost: a contestant took the device down.
+    """
     start = time.perf_counter()
+    notes = {} if notes is None else notes
     op, spec = OPS[case.op], case.quant_spec()
     nbytes_in = programs.nbytes(input_types(case))
     count, _ = timing.rotation(nbytes_in)
@@ -35,13 +50,16 @@ def measure(case: Case, backends: Sequence[str], timer: timing.Timer) -> dict[st
     usual = op.usual(spec)
     drawn = cotangents(jax.eval_shape(op.ours("xla", spec), *sets[0]), count) if op.gradients else []
     nbytes = traffic(case)
-    notes: dict[str, dict[str, Any]] = {}
     built: list[timing.Program] = []
 
     def failed(name: str, error: BaseException) -> None:
-        notes.setdefault(name, {})["error"] = f"{type(error).__name__}: {error}"[:400]
+        entry = notes.setdefault(name, {})
+        entry["error"] = f"{type(error).__name__}: {error}"[:400]
+        if timing.is_fatal(error):
+            entry["lost_the_device"] = True
+            raise DeviceLost(f"{name} in {case.key}: {entry['error']}")
 
-    for index, name in enumerate(contestants(backends)):
+    for index, name in enumerate(n for n in contestants(backends) if n not in notes):
         if name == PLAIN and case.spec and case.quant_spec().scale_dtype != "float32":
             notes[name] = {"skipped": "nobody writes this format in plain jax.numpy"}
             continue
@@ -62,9 +80,16 @@ def measure(case: Case, backends: Sequence[str], timer: timing.Timer) -> dict[st
     for name, summary in timed.items():
         notes[name] = {**summary, **notes.get(name, {})}
     return {
-        "op": case.op, "shape": list(case.shape), "dtype": case.dtype, "spec": case.spec, "bytes": nbytes,
-        "copy_us": copied["median_us"] if copied else None, "contestants": notes, "timer": timer.name, "method": timer.method,
+        **blank(case, timer), "bytes": nbytes, "copy_us": copied["median_us"] if copied else None, "contestants": notes,
         "clocks": store.clocks(), "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def blank(case: Case, timer: timing.Timer) -> dict[str, Any]:
+    """The record of a case of which nothing is known yet."""
+    return {
+        "op": case.op, "shape": list(case.shape), "dtype": case.dtype, "spec": case.spec, "bytes": traffic(case),
+        "copy_us": None, "contestants": {}, "timer": timer.name, "method": timer.method, "clocks": {}, "seconds": 0.0,
     }  # fmt: skip
 
 
@@ -132,8 +157,19 @@ def run(
             return len(todo) - i
         begin = time.monotonic()
         step(case, None)
-        record = measure(case, backends, timer)
         before = results["cases"].get(case.key, {}).get("contestants", {})
+        notes = {n: c for n, c in before.items() if "lost_the_device" in c}
+        try:
+            record = measure(case, backends, timer, notes)
+        except DeviceLost:
+            results["cases"][case.key] = {**blank(case, timer), "contestants": {**before, **notes}}
+            save(results)
+            raise
+        except Exception as error:  # the inputs do not fit, for one
+            record = {
+                **blank(case, timer),
+                "contestants": {"case": {"error": f"{type(error).__name__}: {error}"[:400]}},
+            }
         record["contestants"] = {
             **{k: v for k, v in before.items() if k not in record["contestants"]},
             **record["contestants"],
@@ -149,5 +185,6 @@ def done(results: dict[str, Any], case: Case, backends: Sequence[str]) -> bool:
     """Whether the file has times, or a reason for none, of all that is asked for."""
     record = results["cases"].get(case.key)
     return record is not None and all(
-        "median_us" in (c := record["contestants"].get(n, {})) or "skipped" in c for n in contestants(backends)
+        {"median_us", "skipped", "lost_the_device"} & set(record["contestants"].get(n, {}))
+        for n in contestants(backends)
     )

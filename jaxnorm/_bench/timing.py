@@ -33,8 +33,24 @@ METHOD = (
 )
 WALL_METHOD = "wall clock of a queue of 5 calls / 5 (host enqueue included where it is longer); not a kernel time"
 
+FATAL = (
+    "illegal_address",
+    "illegal memory",
+    "illegal instruction",
+    "misaligned",
+    "launch_failed",
+    "launch failure",
+    "device-side assert",
+)
+
 Records = list[tuple[str, float]]
 """(kernel name, microseconds)"""
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether the device is lost to this process after such an error."""
+    text = str(error).lower()
+    return any(f in text for f in FATAL)
 
 
 @dataclasses.dataclass

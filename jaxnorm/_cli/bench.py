@@ -77,7 +77,13 @@ def bench(
         raise CommandError(f"--{error}.", 2) from None
     ours = _backends(backends, on_cpu)
     results, where = _results(out, fresh)
-    left = _measure(cases, ours, make_timer(timer), results, where, budget)
+    from .._bench.measure import DeviceLost
+
+    try:
+        left = _measure(cases, ours, make_timer(timer), results, where, budget)
+    except DeviceLost as error:
+        again = "Run the same command again: it goes on without it." if out else ""
+        raise CommandError(f"the device is lost after {error}. {again}".strip()) from None
     finish(results, plot, [c.key for c in cases])
     if left:
         again = "the same command goes on from here" if out else "name a file with --out to go on from there next time"

@@ -154,13 +154,26 @@ class _Tables:
         holds = found is not None and found["own"] == own and found["sources"] == plans.sources_digest(about.backend)
         return found if holds else None
 
+    def lose(self, about: Any, why: str) -> None:
+        """Notes that a search took the device down, so that the next run does without it."""
+        self._update(about, "lost", why)
+
+    def lost(self, about: Any) -> str:
+        """Why a search of this subject lost the device; empty when none did."""
+        from .._tune import plans
+
+        return self.read(about.problem.stage, about.backend).get("lost", {}).get(plans.digest(about.problem), "")
+
     def put(self, about: Any, entry: dict[str, Any], method: str) -> None:
+        self._update(about, "entries", entry, method=method)
+
+    def _update(self, about: Any, part: str, value: Any, **more: str) -> None:
         from .._bench import store
         from .._tune import plans
 
         data = self.read(about.problem.stage, about.backend)
-        data["entries"][plans.digest(about.problem)] = entry
-        store.write_json(self.path(about.problem.stage, about.backend), {**data, **self.environment, "method": method})
+        data.setdefault(part, {})[plans.digest(about.problem)] = value
+        store.write_json(self.path(about.problem.stage, about.backend), {**data, **self.environment, **more})
 
 
 def _open(out: Path | None) -> _Tables:
@@ -173,11 +186,14 @@ def _open(out: Path | None) -> _Tables:
 def _search_all(
     cases: list[Any], usable: list[str], tables: _Tables, fresh: bool, limits: tuple[float, int, int], timer: str
 ) -> None:
+    from .._bench import timing
     from .._tune import search
-    from .bench import make_timer
+    from .bench import WALL_NOTE, make_timer
 
     budget, limit, jobs = limits
     clock, began = make_timer(timer), time.monotonic()
+    if clock.name == "wall":
+        console(stderr=True).print(WALL_NOTE, soft_wrap=True)
     work = [(case, backend) for case in cases for backend in usable]
     rows: list[tuple[Any, dict[str, Any] | str]] = []
     longest, left = 0.0, 0
@@ -187,6 +203,8 @@ def _search_all(
             about = search.subject(case, backend, limit)
             if isinstance(about, str):
                 rows.append(((case, backend), about))
+            elif not fresh and (lost := tables.lost(about)):
+                rows.append(((case, backend), f"left out: a search lost the device ({lost}); --fresh tries again"))
             elif not fresh and (found := tables.get(about)) is not None:
                 rows.append(((case, backend), {**found, "kept": True}))
             else:
@@ -206,6 +224,10 @@ def _search_all(
                     tables.put(about, entry, clock.method)
                     rows.append(((case, backend), entry))
                 except (RuntimeError, ValueError) as error:
+                    if timing.is_fatal(error):
+                        tables.lose(about, str(error)[:300])
+                        again = "Run the same command again: it goes on without it."
+                        raise CommandError(f"the device is lost in {case.key} {backend}: {error}. {again}") from None
                     rows.append(((case, backend), f"failed: {error}"))
                 longest = max(longest, time.monotonic() - start)
             bar.advance(task)
