@@ -94,7 +94,7 @@ def position_constants(problem: Problem) -> Constants:
         ("JN_MROPE", sections is not None),
     ]
     if sections is not None:
-        out += [(f"JN_S{i}", s) for i, s in enumerate(sections)]  # type: ignore[arg-type]
+        out += [(f"JN_S{i}", s) for i, s in enumerate(sections)]
         out += [("JN_INTERLEAVED", bool(problem.option("interleaved")))]
     return tuple(out)
 

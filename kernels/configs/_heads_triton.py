@@ -72,7 +72,7 @@ def constants(problem: Problem, found: list[Part], chosen: Tile, count: int) -> 
 
 def position_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
     sections = problem.option("sections")
-    s0, s1, s2 = sections or (0, 0, 0)  # type: ignore[misc]
+    s0, s1, s2 = sections or (0, 0, 0)
     return (
         ("PERIOD", period(problem) > 0),
         ("MROPE", sections is not None),

@@ -77,7 +77,7 @@ def _parts(problem: Problem) -> list[Part]:
 
 
 def _constants(problem: Problem, found: list[Part], deal: Deal) -> Constants:
-    offset = float(problem.option("weight_offset"))  # type: ignore[arg-type]
+    offset = float(problem.option("weight_offset"))
     out: list[tuple[str, object]] = [*constants(problem, found, deal)]
     for i, (part, weight) in enumerate(zip(found, weights(problem, found), strict=True)):
         table = f"cos_sin{part.name[1]}" if two_stream(problem) else "cos_sin"
@@ -88,7 +88,7 @@ def _constants(problem: Problem, found: list[Part], deal: Deal) -> Constants:
         ]
     if not two_stream(problem):
         out += position_constants(problem)
-    out += [("JN_EPS", float(problem.option("eps"))), ("JN_OFFSET", offset), ("JN_HAS_OFFSET", offset != 0)]  # type: ignore[arg-type]
+    out += [("JN_EPS", float(problem.option("eps"))), ("JN_OFFSET", offset), ("JN_HAS_OFFSET", offset != 0)]
     return tuple(out)
 
 

@@ -71,7 +71,7 @@ def _constants(problem: Problem, found: list[Part], chosen: Tile) -> Constants:
         out += [(f"R{suffix}", rotary), (f"PAIRS{suffix}", couple), (f"REST{suffix}", rest)]
     if not two:
         out += position_constants(problem)
-    out += [("EPS", float(problem.option("eps"))), ("WEIGHT_OFFSET", float(problem.option("weight_offset")))]  # type: ignore[arg-type]
+    out += [("EPS", float(problem.option("eps"))), ("WEIGHT_OFFSET", float(problem.option("weight_offset")))]
     return tuple(out)
 
 
