@@ -1,13 +1,13 @@
-// Quantisation, alone and behind RMSNorm, one launch each. All sizes, types and options are macros
+// Quantisation, alone and behind RMSNorm or LayerNorm, one launch each. All sizes, types and options are macros
 // (kernels/configs/quant_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices
 // are dense, row-major.
-//   x [rows, N]; residual [rows, N] or null; weight, smooth [N] or null; static_scale [] or null
+//   x [rows, N]; residual [rows, N] or null; x_bias, weight, bias, smooth [N] or null; static_scale [] or null
 //   values: codes [rows, P], fp4 two a byte; columns from N on are zeros, quantised with their group
 //   scale (null if static): float32 or exponents, [rows, G], [G, rows], or tiles of 32 rows, scale_rows in all
 //   y [rows, P] or null: what was quantised, before the smooth scale
 #include "jaxnorm/quant.h"
 
-#if defined(JN_ENTRY_rmsnorm_quant_fwd) || defined(JN_ENTRY_quantize_fwd)
+#if defined(JN_ENTRY_rmsnorm_quant_fwd) || defined(JN_ENTRY_layernorm_quant_fwd) || defined(JN_ENTRY_quantize_fwd)
 #define JN_SHAPE jaxnorm::RowShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_UNROLL, JN_REGS, JN_SHARED>
 #define JN_SPEC                                                                                              \
   jaxnorm::QuantSpec<jaxnorm::JN_CODE, JN_GROUP, jaxnorm::Exponent::JN_EXPONENT, jaxnorm::Layout::JN_LAYOUT, \
@@ -28,13 +28,36 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using namespace jaxnorm;
   using Shape = JN_SHAPE;
   using Spec = JN_SPEC;
-  using Weights = Weighted<Shape, JN_X, JN_WEIGHT, JN_SMOOTH, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
+  using Weights =
+      Weighted<Shape, JN_X, JN_WEIGHT, None, JN_SMOOTH, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
 #if JN_HAS_RESIDUAL
-  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, residual, residual_out, JN_N};
+  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, nullptr, residual, residual_out, JN_N};
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
-  JN_QUANTISE(source, RmsNorm<JN_N>{JN_EPS}, Weights{weight, smooth, y, JN_OFFSET},
+  JN_QUANTISE(source, RmsNorm<JN_N>{JN_EPS}, Weights{weight, nullptr, smooth, y, JN_OFFSET},
+              QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
+}
+#endif
+
+#if defined(JN_ENTRY_layernorm_quant_fwd)
+// y = (a - mean) * rstd * (weight + offset) + bias, a = x + x_bias + residual; residual_out [rows, N] as in layernorm_fwd
+JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
+    layernorm_quant_fwd(const char* x, const char* x_bias, const char* residual, const char* weight, const char* bias,
+                        const char* smooth, const float* static_scale, unsigned long long rows,
+                        unsigned long long scale_rows, char* values, char* scale, char* residual_out, char* y) {
+  using namespace jaxnorm;
+  using Shape = JN_SHAPE;
+  using Spec = JN_SPEC;
+  using Weights =
+      Weighted<Shape, JN_X, JN_WEIGHT, JN_BIAS, JN_SMOOTH, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
+#if JN_IS_SUM
+  const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, x_bias, residual, residual_out,
+                                                                                JN_N};
+#else
+  const PlainSource<JN_X, JN_V> source{x, JN_N};
+#endif
+  JN_QUANTISE(source, LayerNorm<JN_N>{JN_EPS}, Weights{weight, bias, smooth, y, JN_OFFSET},
               QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
 }
 #endif
@@ -47,8 +70,8 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using namespace jaxnorm;
   using Shape = JN_SHAPE;
   using Spec = JN_SPEC;
-  using Weights = Weighted<Shape, JN_X, None, JN_SMOOTH, None, JN_P, false, false, JN_EARLY>;
-  JN_QUANTISE(PlainSource<JN_X, JN_V>{x, JN_N}, NoNorm<Shape>{}, Weights{nullptr, smooth, nullptr, 0.f},
+  using Weights = Weighted<Shape, JN_X, None, None, JN_SMOOTH, None, JN_P, false, false, JN_EARLY>;
+  JN_QUANTISE(PlainSource<JN_X, JN_V>{x, JN_N}, NoNorm<Shape>{}, Weights{nullptr, nullptr, smooth, nullptr, 0.f},
               QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
 }
 #endif

@@ -1,6 +1,7 @@
 // RMSNorm, with or without a residual, and its gradient. All sizes, types and options are macros
 // (kernels/configs/rmsnorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices
 // are dense, row-major.
+#include "jaxnorm/norms.h"
 #include "jaxnorm/rows.h"
 #include "jaxnorm/rows_bwd.h"
 
@@ -17,12 +18,11 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using Shape = RowShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_UNROLL, JN_REGS, JN_SHARED>;
   using Epilogue = WeightedStore<Shape, JN_X, JN_WEIGHT, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
 #if JN_HAS_RESIDUAL
-  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, residual, residual_out, JN_N};
+  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, nullptr, residual, residual_out, JN_N};
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
-  forward_rows<Shape>(source, RmsNorm<JN_N>{JN_EPS}, Epilogue{weight, y, JN_OFFSET}, JN_HAS_RSTD ? rstd : nullptr,
-                      rows);
+  forward_rows<Shape>(source, RmsNorm<JN_N>{JN_EPS, JN_HAS_RSTD ? rstd : nullptr}, Epilogue{weight, y, JN_OFFSET}, rows);
 }
 #endif
 
@@ -36,14 +36,12 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
                 float* partials) {
   using namespace jaxnorm;
   using Shape = BackwardShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_TILE, JN_TILED>;
-#if JN_PIPE_SHARED
-  using Pipe = SharedPipe<Shape, JN_X, JN_DY, JN_DRES_OUT, JN_DEPTH>;
-#else
-  using Pipe = RegisterPipe<Shape, JN_X, JN_DY, JN_DRES_OUT, JN_DEPTH>;
-#endif
-  const BackwardPointers p{n, weight, dy, dresidual_out, rstd, dot, dx, dresidual, partials};
-  backward_rms_rows<Shape, Pipe, JN_X, JN_WEIGHT, JN_DY, JN_DRES_OUT, JN_DX, JN_DRES, JN_HAS_OFFSET, JN_HAS_DWEIGHT,
-                    JN_HOLD_WEIGHT>(p, JN_OFFSET, rows, programs, JN_P);
+  using Norm = RmsBackward<JN_N>;
+  using Types = BackwardTypes<JN_X, None, JN_WEIGHT, JN_DY, JN_DRES_OUT, JN_DX, JN_DRES>;
+  using Pipe = PipeOf<JN_PIPE_SHARED, Shape, Norm, Types, JN_DEPTH>;
+  const BackwardPointers<Norm> p{n, nullptr, weight, dy, dresidual_out, {rstd}, dot, dx, dresidual, partials};
+  backward_rows<Shape, Norm, Types, Pipe, ColumnSums<JN_HAS_DWEIGHT, false, false>, JN_HAS_OFFSET, JN_HOLD_WEIGHT>(
+      p, JN_OFFSET, rows, programs, JN_P);
 }
 #endif
 
@@ -53,8 +51,9 @@ JN_ENTRY JN_BOUNDS(JN_LANES, JN_MIN_BLOCKS)
     rmsnorm_bwd_dot(const char* n, const char* weight, const char* dy, unsigned long long rows, float* dot) {
   using namespace jaxnorm;
   using Shape = BackwardShape<JN_N, JN_V, JN_LANES, 1, JN_N / JN_V, false>;
-  const BackwardPointers p{n, weight, dy};
-  backward_rms_dot<Shape, JN_X, JN_WEIGHT, JN_DY, JN_HAS_OFFSET>(p, JN_OFFSET, rows, JN_P, dot);
+  using Norm = RmsBackward<JN_N>;
+  const BackwardPointers<Norm> p{n, nullptr, weight, dy};
+  backward_sums<Shape, Norm, BackwardTypes<JN_X, None, JN_WEIGHT, JN_DY>, JN_HAS_OFFSET>(p, JN_OFFSET, rows, JN_P, dot);
 }
 #endif
 

@@ -12,6 +12,9 @@ MAX_FEATURES = 1 << 24  # columns are 32-bit and 1/N is a float32
 MAX_THREADS = 1024
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
+STATS = {"rmsnorm": ("rstd",), "layernorm": ("mean", "shift", "rstd")}
+"""Scalars of a row that the forward saves for the backward."""
+
 Constants = tuple[tuple[str, object], ...]
 
 # The last cache before memory, which results pass through: Infinity Cache of MI300 and MI355 (256 MiB) and of the RX 7900 XTX
@@ -45,6 +48,26 @@ def _round_up(a: int, b: int) -> int:
 
 def _grid(blocks: int) -> tuple[int, int, int]:
     return (min(blocks, GRID_X), _ceil(blocks, GRID_X), 1)
+
+
+def _family(problem: Problem) -> str:
+    """``rmsnorm``, ``layernorm``: the norm of a stage."""
+    return problem.stage.split("_")[0]
+
+
+def _buffers(problem: Problem) -> int:
+    """Norm::BUFFERS: row sums of a forward kernel that are in shared memory at a time."""
+    return 3 if _family(problem) == "layernorm" else 1
+
+
+def vector(problem: Problem) -> int:
+    """Elements of a chunk: 16 bytes of the narrowest buffer, less if some row would then start off a chunk boundary."""
+    padded = "y" if problem.stage.endswith("_fwd") else "dy"
+    scalars = (*STATS["layernorm"], "dweight", "sums")
+    v = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name not in scalars)
+    while problem.features % v or _width(problem, padded) % v:
+        v //= 2
+    return v
 
 
 def _sum_bytes(chunks: int, lanes: int, wave: int) -> int:

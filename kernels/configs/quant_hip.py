@@ -16,7 +16,9 @@ from ._hip import (
     MAX_THREADS,
     TYPES,
     Constants,
+    _buffers,
     _ceil,
+    _family,
     _grid,
     _itemsize,
     _nvidia,
@@ -27,10 +29,14 @@ from ._hip import (
     _sum_bytes,
     _type,
 )
-from .rmsnorm_hip import Forward
+from .rmsnorm_hip import Forward, _bias_constants
 
 SOURCE = "quant.hip"
-STAGES = ("rmsnorm_quant_fwd", "quantize_fwd")
+OPERANDS = {
+    "quantize_fwd": ("x", "smooth_scale", "static_scale"),
+    "rmsnorm_quant_fwd": ("x", "residual", "weight", "smooth_scale", "static_scale"),
+    "layernorm_quant_fwd": ("x", "x_bias", "residual", "weight", "bias", "smooth_scale", "static_scale"),
+}
 CODES = {
     "int8": "Int8",
     "float8_e4m3fn": "E4M3FN",
@@ -42,7 +48,7 @@ CODES = {
 EXPONENTS = {"up": "kUp", "down": "kDown", "even": "kEven"}
 LAYOUTS = {"row": "kRow", "column": "kColumn", "shuffled": "kShuffled"}
 SMALLEST_GROUP = 16
-FLOATS = ("x", "residual", "weight", "smooth_scale", "y", "residual_out")
+FLOATS = ("x", "x_bias", "residual", "weight", "bias", "smooth_scale", "y", "residual_out")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
 
 
 def _check(problem: Problem) -> None:
-    if problem.stage not in STAGES:
+    if problem.stage not in OPERANDS:
         raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
     if problem.rows < 1:
         raise Unsupported("there are no rows to launch a kernel for.")
@@ -104,8 +110,9 @@ def _group(problem: Problem) -> int:
 
 
 def vector(problem: Problem) -> int:
-    """Elements of a chunk, as ``rmsnorm_hip.vector`` for the same x, residual, weight and y: the row sum depends on it."""
-    v = 16 // min(ITEMSIZE[problem.dtype(n)] for n in ("x", "residual", "weight", "y") if problem.has(n))
+    """Elements of a chunk, as ``rmsnorm_hip.vector`` for the same operands and y: the row sum depends on it."""
+    floats = ("x", "x_bias", "residual", "weight", "bias", "y")
+    v = 16 // min(ITEMSIZE[problem.dtype(n)] for n in floats if problem.has(n))
     while problem.features % v or padded(problem) % v:
         v //= 2
     return v
@@ -116,13 +123,14 @@ def _chunk_bytes(problem: Problem) -> int:
 
 
 def _factor_words(problem: Problem) -> int:
-    """Registers of a chunk of weight and smooth scale."""
-    return vector(problem) * (_itemsize(problem, "weight") + _itemsize(problem, "smooth_scale")) // 4
+    """Registers of a chunk of weight, bias and smooth scale."""
+    return vector(problem) * sum(_itemsize(problem, n) for n in ("weight", "bias", "smooth_scale")) // 4
 
 
 def _words(problem: Problem) -> int:
     """Registers of a chunk that waits: z in float32, or the bits as loaded if those are more."""
-    return max(vector(problem), _chunk_bytes(problem) // 4, 1)
+    v = vector(problem)
+    return max(v, (_chunk_bytes(problem) + v * _itemsize(problem, "x_bias")) // 4, 1)
 
 
 def _forward(problem: Problem) -> Forward:
@@ -162,6 +170,7 @@ def _ahead(problem: Problem, each: int = 4) -> Ahead | None:
     if (
         not _nvidia(problem)
         or problem.has("residual")
+        or problem.has("x_bias")
         or _itemsize(problem, "x") != 2
         or vector(problem) != 8
         or chunks <= wave
@@ -173,11 +182,12 @@ def _ahead(problem: Problem, each: int = 4) -> Ahead | None:
     groups = max(1, 128 // lanes) if lanes == wave else 1
     per, threads = _ceil(chunks, lanes), lanes * groups
     free = shared_memory(problem.target)
-    fixed = 1024 + _fixed_bytes(problem, lanes) + _sum_bytes(chunks, lanes, wave)
+    fixed = 1024 + _fixed_bytes(problem, lanes) + _buffers(problem) * _sum_bytes(chunks, lanes, wave)
     # Seen in the sm_90 code to do without spills.
     spec = problem.option("spec")
     need = 8 * per + 32 + 8 * problem.has("smooth_scale") + 8 * problem.has("y")
     need += 8 * (spec.scale_layout == "shuffled") + 16 * spec.dtype.endswith("fnuz")
+    need += 8 * (_family(problem) == "layernorm")
     fitting = [
         b for b in range(1, 1536 // threads + 1)
         if _registers(threads, b) >= need and b * (fixed + 2 * per * threads * 16) <= free
@@ -228,6 +238,7 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
     if not problem.target.startswith("sm_"):
         return 1
     need = regs * _words(problem) + max(32, 24 + min(2, regs) * _factor_words(problem))
+    need += 8 * (_family(problem) == "layernorm")
     fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 
@@ -242,7 +253,7 @@ def _fixed_bytes(problem: Problem, lanes: int) -> int:
         entries = 0
     else:
         entries = _ceil(chunks, wave) if group else lanes // wave
-    return _sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16
+    return _buffers(problem) * _sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16
 
 
 def _candidates(problem: Problem) -> Iterator[Forward]:
@@ -305,7 +316,7 @@ def _norm_constants(problem: Problem) -> Constants:
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),
         ("JN_Y", _type(problem, "y")),
-        ("JN_HAS_RESIDUAL", residual),
+        *_bias_constants(problem),
         ("JN_EPS", float(problem.option("eps"))),
         ("JN_OFFSET", offset),
         ("JN_HAS_OFFSET", offset != 0),
@@ -315,9 +326,10 @@ def _norm_constants(problem: Problem) -> Constants:
 
 
 def _launch(problem: Problem, c: Forward) -> Launch:
-    norm = problem.stage == "rmsnorm_quant_fwd"
+    norm = problem.stage != "quantize_fwd"
     depth, blocks = (c.depth, c.blocks) if isinstance(c, Ahead) else (0, 0)
-    sums = _sum_bytes(problem.features // vector(problem), c.lanes, wave_size(problem.target)) if depth else 0
+    chunks, wave = problem.features // vector(problem), wave_size(problem.target)
+    sums = _buffers(problem) * _sum_bytes(chunks, c.lanes, wave) if depth else 0
     waiting = (c.shared * c.lanes + depth * c.regs * c.lanes * c.groups) * _chunk_bytes(problem)
     constants: Constants = (
         ("JN_N", problem.features),
@@ -335,11 +347,10 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         ("JN_X", _type(problem, "x")),
         ("JN_SMOOTH", _type(problem, "smooth_scale")),
     )
-    operands = ("x", "residual", "weight", "smooth_scale", "static_scale")
     tiles = problem.option("spec").scale_layout == "shuffled" and problem.has("scale")
     return Launch(
         kernel=f"{SOURCE}:{problem.stage}",
-        inputs=operands if norm else ("x", "smooth_scale", "static_scale"),
+        inputs=OPERANDS[problem.stage],
         outputs=("values", "scale", "residual_out", "y") if norm else ("values", "scale"),
         grid=(blocks, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll)),
         constants=constants

@@ -1,4 +1,4 @@
-"""Launches of the RMSNorm stages through ``csrc/kernels/rmsnorm.hip``: how many threads share a row and where the row waits.
+"""Launches of the RMSNorm and LayerNorm stages through ``csrc/kernels``: how many threads share a row and where the row waits.
 
 The kernels add a row up in one order that depends on its chunks and the wave alone (``csrc/include/jaxnorm/reduce.h``), so every
 plan here gives the same bits and the plan may look at M. Reasons marked *H200* were measured there; those for AMD targets
@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
+from . import Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
 from ._hip import (
     MAX_FEATURES,
     MAX_THREADS,
+    STATS,
     TYPES,
     Constants,
+    _buffers,
     _ceil,
+    _family,
     _grid,
     _itemsize,
     _nvidia,
@@ -27,9 +30,13 @@ from ._hip import (
     _sum_bytes,
     _type,
     _width,
+    vector,
 )
+from ._hip_bwd import Backward as Backward
+from ._hip_bwd import _backward, _backward_candidates, _backward_launches
+from ._hip_bwd import programs as programs
 
-SOURCE = "rmsnorm.hip"
+STAGES = ("rmsnorm_fwd", "rmsnorm_bwd", "layernorm_fwd", "layernorm_bwd")
 
 
 @dataclass(frozen=True)
@@ -48,21 +55,6 @@ class Forward:
     """Fetch the weights together with the row."""
 
 
-@dataclass(frozen=True)
-class Backward:
-    """``blocks`` of ``groups`` rows of ``lanes`` threads each walk the rows; ``depth`` rows are on their way meanwhile."""
-
-    lanes: int
-    groups: int
-    blocks: int
-    depth: int
-    shared_pipe: bool
-    hold_weight: bool
-    min_blocks: int = 1
-    tile: int = 0
-    """Chunks of a column tile, for rows too long for one block; 0 = the row is whole."""
-
-
 def plan(problem: Problem) -> tuple[Launch, ...]:
     """The launches that compute ``problem``.
 
@@ -70,7 +62,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
       Unsupported: another stage, no rows, another dtype, or more features than the kernels count.
     """
     _check(problem)
-    if problem.stage == "rmsnorm_fwd":
+    if problem.stage.endswith("_fwd"):
         return (_forward_launch(problem, _forward(problem)),)
     return _backward_launches(problem, _backward(problem))
 
@@ -78,7 +70,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
 def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     """Other tunings of the same computation, the plan first, for a benchmark to sweep. All of them give the same y and dx."""
     _check(problem)
-    if problem.stage == "rmsnorm_fwd":
+    if problem.stage.endswith("_fwd"):
         forwards = dict.fromkeys([_forward(problem), *_forward_candidates(problem)])
         return [(_forward_launch(problem, c),) for c in forwards]
     backwards = dict.fromkeys([_backward(problem), *_backward_candidates(problem)])
@@ -86,8 +78,8 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
 
 
 def _check(problem: Problem) -> None:
-    if problem.stage not in ("rmsnorm_fwd", "rmsnorm_bwd"):
-        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
+    if problem.stage not in STAGES:
+        raise Unsupported(f"{problem.stage} is no stage of these kernels.")
     if problem.rows < 1:
         raise Unsupported("there are no rows to launch a kernel for.")
     if problem.features > MAX_FEATURES:
@@ -97,19 +89,10 @@ def _check(problem: Problem) -> None:
             raise Unsupported(f"{name} is {dtype}; the kernels read and write {', '.join(TYPES)}.")
 
 
-def vector(problem: Problem) -> int:
-    """Elements of a chunk: 16 bytes of the narrowest buffer, less if some row would then start off a chunk boundary."""
-    padded = "y" if problem.stage == "rmsnorm_fwd" else "dy"
-    v = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name not in ("rstd", "dweight"))
-    while problem.features % v or _width(problem, padded) % v:
-        v //= 2
-    return v
-
-
 def _held_words(problem: Problem, v: int) -> int:
     """Registers of a chunk that waits: the raw bits, or the float32 sum with a residual if that is more."""
-    raw = v * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
-    exact = 4 * v if problem.has("residual") else 0
+    raw = v * (_itemsize(problem, "x") + _itemsize(problem, "residual") + _itemsize(problem, "x_bias"))
+    exact = 4 * v if problem.has("residual") or problem.has("x_bias") else 0
     return max(raw, exact) // 4 or 1
 
 
@@ -163,7 +146,7 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
 def _room(problem: Problem, blocks: int) -> int:
     """Chunks a thread of 512 can keep on chip with ``blocks`` of them on a compute unit."""
     words = _held_words(problem, vector(problem))
-    shared = shared_memory(problem.target) // blocks - 2048
+    shared = shared_memory(problem.target) // blocks - 2048 * _buffers(problem)
     return _row_registers(problem) // words + shared // (_chunk_bytes(problem) * 512)
 
 
@@ -180,7 +163,9 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     limit = _row_registers(problem)
     regs = min(per, max(1, (limit if per * words <= limit else limit * 3 // 4) // words))
     blocks = 2 if c.lanes <= 512 else 1
-    free = max(0, shared_memory(problem.target) // blocks - 1024 - _sum_bytes(chunks, c.lanes, wave))
+    free = max(
+        0, shared_memory(problem.target) // blocks - 1024 - _buffers(problem) * _sum_bytes(chunks, c.lanes, wave)
+    )
     shared = min(per - regs, free // (_chunk_bytes(problem) * c.lanes))
     if 0 < shared == per - regs and _nvidia(problem):
         # *H200*, 4096x65536: 3 chunks in registers and 13 in shared memory 1.057, 6 and 10 1.078
@@ -190,7 +175,7 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
         shared = 0  # 2-byte pieces cannot be copied asynchronously
     # The weights wait in registers, too, where few rows leave nothing else to hide their latency: *H200*, 16x16384 2.64 us against
     # 2.83. With rows in plenty it makes no difference (8192x8192 1.047 both), so there only where the registers cost nothing.
-    weight_words = regs * v * _itemsize(problem, "weight") // 4
+    weight_words = regs * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
     few = problem.rows * c.lanes <= 8 * compute_units(problem.target) * 1024 and not shared
     early = weight_words <= (32 if few else 8)
     return replace(c, regs=regs, shared=shared, early=early, min_blocks=_min_blocks(problem, c.lanes, regs))
@@ -206,8 +191,8 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
     """
     if not _nvidia(problem):
         return 1
-    plain = all(d == "bfloat16" for n, d in problem.dtypes if n != "rstd")
-    need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
+    plain = all(d == "bfloat16" for n, d in problem.dtypes if n not in STATS["layernorm"])
+    need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40) + 8 * (_family(problem) == "layernorm")
     most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
     fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
@@ -246,7 +231,7 @@ def _forward_candidates(problem: Problem) -> Iterator[Forward]:
 
 
 def _forward_launch(problem: Problem, c: Forward) -> Launch:
-    wave, v = wave_size(problem.target), vector(problem)
+    wave, v, family = wave_size(problem.target), vector(problem), _family(problem)
     chunks = problem.features // v
     residual, offset = problem.has("residual"), float(problem.option("weight_offset"))
     constants: Constants = (
@@ -264,7 +249,7 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),
         ("JN_Y", _type(problem, "y")),
-        ("JN_HAS_RESIDUAL", residual),
+        *_bias_constants(problem),
         ("JN_HAS_RSTD", problem.has("rstd")),
         ("JN_EPS", float(problem.option("eps"))),
         ("JN_OFFSET", offset),
@@ -273,212 +258,23 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         ("JN_ROUND_RESIDUAL", residual and problem.option("residual_rounding") == "input"),
     )
     return Launch(
-        kernel=f"{SOURCE}:rmsnorm_fwd",
-        inputs=("x", "residual", "weight"),
-        outputs=("y", "residual_out", "rstd"),
+        kernel=f"{family}.hip:{family}_fwd",
+        inputs=("x", "x_bias", "residual", "weight", "bias") if family == "layernorm" else ("x", "residual", "weight"),
+        outputs=("y", "residual_out", *STATS[family]),
         grid=_grid(_ceil(problem.rows, c.groups * c.unroll)),
         constants=constants + _stream(problem, "y", "residual_out"),
         scalars=(("rows", "i64", problem.rows),),
         threads=c.lanes * c.groups,
-        shared=_sum_bytes(chunks, c.lanes, wave) + c.shared * _chunk_bytes(problem) * c.lanes,
+        shared=_buffers(problem) * _sum_bytes(chunks, c.lanes, wave) + c.shared * _chunk_bytes(problem) * c.lanes,
     )
 
 
-ROW_INPUTS = ("n", "dy", "dresidual_out")
-
-
-def _slot_bytes(problem: Problem, v: int, per: int, threads: int, tiled: bool) -> int:
-    """SharedPipe::slot_bytes: one row of a block on its way."""
-    return per * v * sum(_itemsize(problem, n) for n in ROW_INPUTS) * threads + (8 if tiled else 4) * threads
-
-
-def _backward(problem: Problem) -> Backward:
-    wave, v = wave_size(problem.target), vector(problem)
-    chunks = problem.features // v
-    # A thread adds up the weight gradient of its columns in one register each. 32 columns for a wave that owns its row alone (no
-    # barrier to pay), 16 for rows shared by waves: with as many registers for the row itself, two or three blocks fit.
-    if chunks <= wave:
-        lanes = next_power_of_2(chunks)
-    elif _ceil(chunks, wave) * v <= 32 and not (_nvidia(problem) and chunks >= 4 * wave):
-        lanes = wave
-    elif _nvidia(problem):
-        # *H200*: 32 columns a thread and one block a unit. 8192x4096 1.108 with 128 threads, 1.15 to 1.28 with two to four blocks
-        # of 256 or 512; 8192x8192 1.065 with 256. More rows of partial sums and more streams at once both cost.
-        lanes = min(MAX_THREADS, max(128, _round_up(_ceil(chunks, max(1, 32 // v)), wave)))
-    else:
-        lanes = _round_up(_ceil(chunks, max(1, 16 // v)), wave)
-        # Few rows: one block a unit must keep memory busy alone, so give it more threads.
-        if problem.rows < 16 * compute_units(problem.target) and lanes < 512:
-            lanes = min(512, _round_up(_ceil(chunks, _ceil(chunks, 2 * lanes)), wave))
-    if lanes > MAX_THREADS:
-        return _tiled(problem, v)
-    groups = max(1, 128 // lanes) if lanes <= wave else 1
-    start, per = Backward(lanes, groups, 0, 1, False, True), _ceil(chunks, lanes)
-    if not _nvidia(problem) or lanes <= wave:
-        c = _with_pipe(problem, start, v, per, chunks)
-        return c if c.depth else _tiled(problem, v)
-    c = _with_pipe(problem, start, v, per, chunks, most=4 if per * v <= 16 else 1)
-    if not c.depth:
-        return _tiled(problem, v)
-    # *H200*: about 48 KB on their way to a unit; 8192x8192 1.061 one row ahead, 1.10 two, 1.13 four; 8192x4096 best with four
-    row = problem.features * sum(_itemsize(problem, n) for n in ROW_INPUTS)
-    return replace(c, depth=max(1, min(c.depth, (48 << 10) // (row * c.blocks))))
-
-
-def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int, most: int = 16) -> Backward:
-    """Fills in blocks (at most ``most``), depth and where the rows ahead wait; depth 0 if they do not fit."""
-    threads, wave = c.lanes * c.groups, wave_size(problem.target)
-    columns = per * v
-    row_words = columns * sum(_itemsize(problem, n) for n in ROW_INPUTS) // 4
-    weight_words = columns * _itemsize(problem, "weight") // 4
-    narrow = v * min(_itemsize(problem, n) for n in ROW_INPUTS if problem.has(n)) < 4
-    if _nvidia(problem) and not narrow:
-        # Registers: the sums, the row once, and 32 more (seen to do without spills in the sm_90 code, weights included).
-        need = 32 + columns + row_words
-        blocks = max((b for b in range(1, 1024 // threads + 1) if _registers(threads, b) >= need), default=1)
-        blocks = min(blocks, most)
-        slot = _slot_bytes(problem, v, per, threads, bool(c.tile))
-        fixed = (0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)) + 1024
-        while blocks > 1 and (shared_memory(problem.target) // blocks - fixed) // slot < 3:
-            blocks -= 1
-        slots = min(5, (shared_memory(problem.target) // blocks - fixed) // slot)
-        hold = columns + weight_words <= (24 if threads > 512 else 48)
-        return replace(c, blocks=blocks, depth=max(0, slots - 1), shared_pipe=True, hold_weight=hold, min_blocks=blocks)
-    # One row ahead in registers: AMD has 512 of them for each lane of a SIMD, and no copy to LDS that keeps 16-byte accesses.
-    need = 40 + columns + weight_words + 2 * row_words
-    budget = (
-        65536 // threads if _nvidia(problem) else min(512, 4 * 512 * wave // threads * (2 if wave == 32 else 1) // 2)
-    )
-    blocks = max(1, min(budget // need, 2048 // threads, most))
-    fits = need <= budget + 16
-    return replace(c, blocks=blocks, depth=1 if fits else 0, shared_pipe=False, hold_weight=columns <= 32)
-
-
-def _tiled(problem: Problem, v: int) -> Backward:
-    """Rows too long for one block: a first launch computes each row's dot product, then blocks take tiles of columns."""
-    lanes, per = 256, max(1, 16 // v)
-    c = Backward(lanes, 1, 0, 1, False, True, tile=lanes * per)
-    return _with_pipe(problem, c, v, per, lanes * per)
-
-
-def _backward_candidates(problem: Problem) -> Iterator[Backward]:
-    wave, v = wave_size(problem.target), vector(problem)
-    chunks = problem.features // v
-    planned = _backward(problem)
-    if planned.tile:
-        for per in (1, 2, 4):
-            for lanes in (128, 256, 512):
-                c = Backward(lanes, 1, 0, 1, False, True, tile=lanes * per)
-                yield _with_pipe(problem, c, v, per, lanes * per)
-        return
-    for each in (8, 16, 32):
-        lanes = next_power_of_2(chunks) if chunks <= wave else _round_up(_ceil(chunks, max(1, each // v)), wave)
-        if lanes > MAX_THREADS:
-            continue
-        for threads in (128, 256) if lanes <= wave else (lanes,):
-            start = Backward(lanes, max(1, threads // lanes), 0, 1, False, True)
-            most = _with_pipe(problem, start, v, _ceil(chunks, lanes), chunks).blocks
-            for blocks in {most, most - 1, _ceil(most, 2), 1} - {0}:
-                c = _with_pipe(problem, start, v, _ceil(chunks, lanes), chunks, blocks)
-                if c.depth and not c.groups & (c.groups - 1):
-                    yield from (replace(c, depth=depth) for depth in {c.depth, _ceil(c.depth, 2)})
-                    yield replace(c, hold_weight=not c.hold_weight)
-
-
-def programs(problem: Problem, c: Backward) -> int:
-    """Blocks of the persistent grid (per column tile).
-
-    Each leaves a row of float32 partial sums that the second launch reads: eight bytes a column against six for each row of
-    bf16. Four rows a group at least keep that below a third.
-    """
-    tiles = _ceil(problem.features // vector(problem), c.tile) if c.tile else 1
-    most = max(1, compute_units(problem.target) * c.blocks // tiles)
-    return max(1, min(most, _ceil(problem.rows, 4 * c.groups)))
-
-
-def _backward_launches(problem: Problem, c: Backward) -> tuple[Launch, ...]:
-    wave, v = wave_size(problem.target), vector(problem)
-    chunks, threads = problem.features // v, c.lanes * c.groups
-    blocks, tiles = programs(problem, c), _ceil(chunks, c.tile) if c.tile else 1
-    width, offset = _width(problem, "dy"), float(problem.option("weight_offset"))
-    per = _ceil(c.tile or chunks, c.lanes)
-    sums = 0 if c.tile else 2 * _sum_bytes(chunks, c.lanes, wave)
-    pipe = (c.depth + 1) * _slot_bytes(problem, v, per, threads, bool(c.tile)) if c.shared_pipe else 0
-    groups = c.groups // 2 * c.lanes * per * v * 4  # add_groups; takes over the memory of the pipe
-    shared: Constants = (
-        ("JN_N", problem.features),
-        ("JN_P", width),
-        ("JN_V", v),
-        ("JN_X", _type(problem, "n")),
-        ("JN_WEIGHT", _type(problem, "weight")),
-        ("JN_DY", _type(problem, "dy")),
-        ("JN_OFFSET", offset),
-        ("JN_HAS_OFFSET", offset != 0),
-    )
-    launches = []
-    if c.tile:
-        launches.append(_dot_launch(problem, v, shared))
-    dweight = problem.has("dweight")
-    launches.append(
-        Launch(
-            kernel=f"{SOURCE}:rmsnorm_bwd",
-            inputs=("n", "weight", "rstd", "dy", "dresidual_out", "dot"),
-            outputs=("dx", "dresidual", "partials"),
-            grid=(blocks, tiles, 1),
-            constants=(
-                *shared,
-                ("JN_LANES", c.lanes),
-                ("JN_GROUPS", c.groups),
-                ("JN_TILE", c.tile or chunks),
-                ("JN_TILED", bool(c.tile)),
-                ("JN_DEPTH", c.depth),
-                ("JN_PIPE_SHARED", c.shared_pipe),
-                ("JN_HOLD_WEIGHT", c.hold_weight),
-                ("JN_MIN_BLOCKS", c.min_blocks),
-                ("JN_DRES_OUT", _type(problem, "dresidual_out")),
-                ("JN_DX", _type(problem, "dx")),
-                ("JN_DRES", _type(problem, "dresidual")),
-                ("JN_HAS_DWEIGHT", dweight),
-            ),
-            scalars=(("rows", "i64", problem.rows), ("programs", "i32", blocks)),
-            threads=threads,
-            shared=max(sums + pipe, groups if dweight else 0),
-            temps=(("partials", (blocks, problem.features), "float32"),) if dweight else (),
-        )
-    )
-    if dweight:
-        launches.append(_reduce_launch(problem, blocks))
-    return tuple(launches)
-
-
-def _dot_launch(problem: Problem, v: int, constants: Constants) -> Launch:
-    wave, chunks = wave_size(problem.target), problem.features // v
-    lanes = min(MAX_THREADS, max(2 * wave, _round_up(_ceil(chunks, 4), wave)))
-    return Launch(
-        kernel=f"{SOURCE}:rmsnorm_bwd_dot",
-        inputs=("n", "weight", "dy"),
-        outputs=("dot",),
-        grid=_grid(problem.rows),
-        constants=(*constants, ("JN_LANES", lanes), ("JN_MIN_BLOCKS", 1)),
-        scalars=(("rows", "i64", problem.rows),),
-        threads=lanes,
-        # The kernel takes four chunks at a time and may put sums of empty ones behind the last.
-        shared=_round_up(_ceil(chunks, lanes), 4) * (lanes // wave) * 4,
-        temps=(("dot", (problem.rows,), "float32"),),
-    )
-
-
-def _reduce_launch(problem: Problem, blocks: int) -> Launch:
-    """One block for 128 bytes of columns: as many blocks as possible with whole cache lines, all rows of a block in flight."""
-    v = next(v for v in (4, 2, 1) if problem.features % v == 0)
-    columns, slices = 8, 32
-    return Launch(
-        kernel=f"{SOURCE}:rmsnorm_bwd_reduce",
-        inputs=("partials",),
-        outputs=("dweight",),
-        grid=(_ceil(problem.features, columns * v), 1, 1),
-        constants=(("JN_N", problem.features), ("JN_V", v), ("JN_COLUMNS", columns), ("JN_SLICES", slices)),
-        scalars=(("programs", "i32", blocks),),
-        threads=columns * slices,
-        shared=slices // 2 * columns * v * 4,
+def _bias_constants(problem: Problem) -> Constants:
+    """Where x comes from, and the bias behind the weight."""
+    if _family(problem) != "layernorm":
+        return (("JN_HAS_RESIDUAL", problem.has("residual")),)
+    return (
+        ("JN_IS_SUM", problem.has("residual") or problem.has("x_bias")),
+        ("JN_X_BIAS", _type(problem, "x_bias")),
+        ("JN_BIAS", _type(problem, "bias")),
     )

@@ -57,6 +57,13 @@ JN_CONST int waves_per_simd(int threads, int blocks) {
   return max_of(1, blocks * threads / kWave / (kWave == 64 ? 4 : 2));
 }
 
+template <bool B, class A, class C> struct Select {
+  using Type = A;
+};
+template <class A, class C> struct Select<false, A, C> {
+  using Type = C;
+};
+
 JN_DEV float bits_f32(u32 u) { return __builtin_bit_cast(float, u); }
 JN_DEV u32 f32_bits(float f) { return __builtin_bit_cast(u32, f); }
 

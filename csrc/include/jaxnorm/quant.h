@@ -5,6 +5,7 @@
 // or are read again give z twice. A maximum has the same bits in any order, so only the sum of the norm (reduce.h)
 // needs a fixed one.
 #pragma once
+#include "jaxnorm/norms.h"
 #include "jaxnorm/rows.h"
 #include "jaxnorm/scale.h"
 
@@ -90,14 +91,17 @@ template <class S, class Q, int P_> struct QuantStore {
 
 // ---- from n to z
 
-// z = y * smooth, y = normalised * (weight + offset) as in WeightedStore; y is kept too if Y is a type.
-template <class S, class X, class W, class M, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY> struct Weighted {
+// z = y * smooth, y = normalised * (weight + offset) + bias as in WeightedStore; y is kept too if Y is a type.
+template <class S, class X, class W, class B, class M, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY>
+struct Weighted {
   static constexpr int V = S::V;
   const char* weight;
+  const char* bias;
   const char* smooth;
   char* y;
   float offset;
   Chunk<W, V> early_weight[EARLY ? S::REGS : 1];
+  Chunk<B, V> early_bias[EARLY ? S::REGS : 1];
   Chunk<M, V> early_smooth[EARLY ? S::REGS : 1];
 
   template <class T> static JN_DEV Chunk<T, V> fetch(const char* from, int k, u32 lane) {
@@ -108,39 +112,41 @@ template <class S, class X, class W, class M, class Y, int P, bool OFFSET, bool 
 #pragma unroll
       for (int k = 0; k < S::REGS; ++k) {
         early_weight[k] = Chunk<W, V>{};
+        early_bias[k] = Chunk<B, V>{};
         early_smooth[k] = Chunk<M, V>{};
         if (!S::has(k, lane)) continue;
         if constexpr (W::size > 0) early_weight[k] = fetch<W>(weight, k, lane);
+        if constexpr (B::size > 0) early_bias[k] = fetch<B>(bias, k, lane);
         if constexpr (M::size > 0) early_smooth[k] = fetch<M>(smooth, k, lane);
       }
+    }
+  }
+  template <class T, bool HELD>
+  static JN_DEV void values(const Chunk<T, V> (&held)[EARLY ? S::REGS : 1], const char* from, int k, u32 lane, bool has,
+                            float (&f)[V]) {
+    if constexpr (T::size > 0) {
+      Chunk<T, V> bits{};
+      if constexpr (HELD)
+        bits = held[k];
+      else if (has)
+        bits = fetch<T>(from, k, lane);
+      widen<T, V>(bits, f);
     }
   }
   // REGISTER: k is a register slot, known to the compiler. FINAL: the last time that this chunk comes by.
   template <bool REGISTER, bool FINAL> JN_DEV void z(u64 row, u32 lane, int k, bool has, float (&f)[V]) const {
     constexpr bool early = EARLY && REGISTER;
     if constexpr (BEFORE) widen<X, V>(narrow<X, V>(f), f);
-    if constexpr (W::size > 0) {
-      Chunk<W, V> bits{};
-      if constexpr (early)
-        bits = early_weight[k];
-      else if (has)
-        bits = fetch<W>(weight, k, lane);
-      float w[V];
-      widen<W, V>(bits, w);
-#pragma unroll
-      for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
-    }
+    float w[V], b[V];
+    values<W, early>(early_weight, weight, k, lane, has, w);
+    values<B, early>(early_bias, bias, k, lane, has, b);
+    affine<W::size != 0, B::size != 0, OFFSET>(f, w, offset, b);
     if constexpr (FINAL && Y::size > 0) {
       if (has) store_bits(y + (row * P + lane * V) * Y::size + k * S::STEP * Y::size, narrow<Y, V>(f));
     }
     if constexpr (M::size > 0) {
-      Chunk<M, V> bits{};
-      if constexpr (early)
-        bits = early_smooth[k];
-      else if (has)
-        bits = fetch<M>(smooth, k, lane);
       float m[V];
-      widen<M, V>(bits, m);
+      values<M, early>(early_smooth, smooth, k, lane, has, m);
 #pragma unroll
       for (int i = 0; i < V; ++i) f[i] *= m[i];
     }
@@ -156,6 +162,7 @@ template <class S, class X, class W, class M, class Y, int P, bool OFFSET, bool 
 
 // Quantisation alone: y = x.
 template <class S> struct NoNorm {
+  static constexpr int BUFFERS = 1;
   struct State {};
   template <class R> JN_DEV State statistics(R& row, float*) const {
 #pragma unroll
@@ -210,7 +217,7 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
 #pragma unroll 2
     for (int k = REGS; k < SLOTS; ++k) {
       float f[V] = {};
-      if (row.has(k)) row.source.values(Stashed::read(row.stash + (k - REGS) * Stashed::footprint, row.lane), f);
+      if (row.has(k)) row.source.values(row.stashed(k), f);
       to_z<false, FINAL>(k, f);
       use(k, f);
     }
@@ -218,7 +225,7 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
     for (int k = SLOTS; k < S::PER; ++k) {
       float f[V] = {};
       if (row.has(k)) {
-        row.source.values(row.source.fetch(row.start, k * S::STEP), f);
+        row.source.values(row.source.fetch(row.start, row.column(), k * S::STEP), f);
         if (FINAL) row.source.settle(f, row.start, k * S::STEP);
       }
       to_z<false, FINAL>(k, f);
@@ -336,8 +343,9 @@ JN_DEV void quantise_rows(const Source& source, const Norm& norm, Weights weight
   using Work = QuantRow<S, Q, Source, Norm, Weights, Store>;
   using OneRow = typename Work::OneRow;
   float* sums = (float*)shared_memory();
-  float* maxima = (float*)(shared_memory() + S::Sum::bytes);
-  unsigned char* stash = shared_memory() + S::Sum::bytes + Work::bytes;
+  constexpr int sum_bytes = Norm::BUFFERS * S::Sum::bytes;
+  float* maxima = (float*)(shared_memory() + sum_bytes);
+  unsigned char* stash = shared_memory() + sum_bytes + Work::bytes;
   const u64 rows = store.rows, first = linear_block() * (S::GROUPS * S::UNROLL) + group;
 
   auto make = [&](int u) {
@@ -383,7 +391,7 @@ JN_DEV void quantise_rows_ahead(const Source& source, const Norm& norm, Weights 
   using Work = QuantRow<S, Q, Source, Norm, Weights, Store>;
   using OneRow = typename Work::OneRow;
   using Stashed = typename Work::Stashed;
-  constexpr int slot_bytes = S::REGS * Stashed::footprint, sum_bytes = S::Sum::bytes;
+  constexpr int slot_bytes = S::REGS * Stashed::footprint, sum_bytes = Norm::BUFFERS * S::Sum::bytes;
   const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
             group = S::GROUPS > 1 ? thread / S::LANES : 0;
   float* maxima = (float*)(shared_memory() + 2 * sum_bytes);
@@ -412,7 +420,8 @@ JN_DEV void quantise_rows_ahead(const Source& source, const Norm& norm, Weights 
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
       if (one.has(k))
-        one.raw[k] = Stashed::read(stash + slot * slot_bytes + k * Stashed::footprint, thread);
+        one.raw[k] = Stashed::read(source, stash + slot * slot_bytes + k * Stashed::footprint, thread, one.column(),
+                                   k * S::STEP);
       else
         one.raw[k] = typename OneRow::Raw{};
     }

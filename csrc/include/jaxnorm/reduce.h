@@ -122,8 +122,11 @@ template <int CHUNKS, int LANES> struct RowSum {
   }
   // ... and after a barrier all threads add them up.
   static JN_DEV float get(const float* sums, u32 thread) {
-    constexpr int slots = next_power_of_2(virtual_waves);
     barrier();
+    return collect(sums, thread);
+  }
+  static JN_DEV float collect(const float* sums, u32 thread) {
+    constexpr int slots = next_power_of_2(virtual_waves);
     if constexpr (slots <=
                   16) {  // 4 reads of 16 bytes and 15 additions take less time than a read and log2(16) shuffles
       float v[slots];
@@ -140,6 +143,53 @@ template <int CHUNKS, int LANES> struct RowSum {
       }
       return lanes_sum<width / 2>(halving_sum(v));
     }
+  }
+
+  // COUNT sums at once, one or two: the bits of COUNT sums one after the other, with the shuffles of the two packed and
+  // one barrier. The second lies `bytes` behind the first.
+  template <int COUNT> static JN_DEV void within_wave(float (&part)[COUNT][per], u32 lane, float (&total)[COUNT]) {
+    if constexpr (COUNT == 1) {
+      total[0] = within_wave(part[0], lane);
+    } else if constexpr (LANES < kWave || 2 * per > kWave) {
+      total[0] = within_wave(part[0], lane);
+      total[1] = within_wave(part[1], lane);
+    } else {
+      constexpr int slots = next_power_of_2(per);
+      float both[2 * per];
+#pragma unroll
+      for (int k = 0; k < per; ++k) both[2 * k] = part[0][k], both[2 * k + 1] = part[1][k];
+      float v = packed_sum<kWave / 2>(both, lane);  // the upper half of the lanes has the second sum
+      if constexpr (slots != per) v = packed_index<2 * per>(lane) / 2 < per ? v : 0.f;
+      v = index_bits_sum<kWave / 2 / slots, kWave / 2>(v);
+      const float other = shfl_xor<kWave / 2>(v);
+      const bool upper = (lane & (kWave / 2)) != 0;
+      total[0] = upper ? other : v;
+      total[1] = upper ? v : other;
+    }
+  }
+  template <int COUNT, int B>
+  static JN_DEV void put(float* sums, float (&part)[COUNT][B], int first, u32 thread) {
+    if constexpr (COUNT == 1) {
+      put(sums, part[0], first, thread);
+    } else if constexpr (2 * B > kWave) {
+      put(sums, part[0], first, thread);
+      put(sums + bytes / 4, part[1], first, thread);
+    } else {
+      constexpr int rest = kWave / next_power_of_2(2 * B);
+      float both[2 * B];
+#pragma unroll
+      for (int k = 0; k < B; ++k) both[2 * k] = part[0][k], both[2 * k + 1] = part[1][k];
+      const u32 lane = thread % kWave;
+      const int index = packed_index<2 * B>(lane), k = index / 2;
+      const float v = packed_sum<kWave / 2>(both, lane);
+      if (lane % rest == 0 && k < B && first + k < per)  // behind the last lies the other sum
+        sums[u32(first + k) * waves + thread / kWave + (index % 2) * (bytes / 4)] = v;
+    }
+  }
+  template <int COUNT> static JN_DEV void get(const float* sums, u32 thread, float (&total)[COUNT]) {
+    barrier();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) total[i] = collect(sums + i * (bytes / 4), thread);
   }
 };
 

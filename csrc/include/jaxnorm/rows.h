@@ -1,5 +1,5 @@
-// Row-wise forward kernels, from three parts: a source of rows (x, or x + residual), a norm (statistics and the map
-// they define) and an epilogue (what is written per chunk).
+// Row-wise forward kernels, from three parts: a source of rows (x, or x + residual), a norm (norms.h: statistics and the
+// map they define) and an epilogue (what is written per chunk).
 //
 // A row belongs to LANES threads: less than a wave, a wave, or several waves (then one row per block). It is read once
 // and kept where there is room: the first REGS chunks of a thread in registers, the next SHARED in shared memory, the
@@ -40,7 +40,7 @@ template <class X, int V> struct PlainSource {
   const char* x;
   int n;
 
-  JN_DEV Raw fetch(u64 start, int offset) const {
+  JN_DEV Raw fetch(u64 start, u32, int offset) const {
     return Raw{load_chunk<X, V, true>(x + start * X::size + offset * X::size)};
   }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const { widen<X, V>(raw.x, f); }
@@ -54,50 +54,68 @@ template <class X, int V> struct PlainSource {
     static JN_DEV void fetch(const PlainSource& s, unsigned char* base, u32 thread, u64 start, int offset) {
       Slot::fetch(base, thread, s.x + start * X::size + offset * X::size);
     }
-    static JN_DEV Raw read(const unsigned char* base, u32 thread) { return Raw{Slot::read(base, thread)}; }
+    static JN_DEV Raw read(const PlainSource&, const unsigned char* base, u32 thread, u32, int) {
+      return Raw{Slot::read(base, thread)};
+    }
   };
 };
 
-// s = x + residual, written as residual_out. ROUND: the norm sees the rounded s. residual_out may be the buffer of
-// residual: a thread has read a chunk before it writes it, and chunks that are read twice are written at the second
-// reading.
-template <class X, class R, int V, bool ROUND> struct AddSource {
-  struct Raw {
+// An operand of the sum, or nothing: an absent one takes no room.
+template <class T, int V, int WHICH> struct Operand {
+  Chunk<T, V> bits;
+  JN_DEV void add_to(float (&f)[V]) const {
+    float more[V];
+    widen<T, V>(bits, more);
+#pragma unroll
+    for (int i = 0; i < V; ++i) f[i] += more[i];
+  }
+};
+template <int V, int WHICH> struct Operand<None, V, WHICH> {
+  JN_DEV void add_to(float (&)[V]) const {}
+};
+
+// s = x + bias + residual of what there is (B, R: None = absent); written as residual_out if there is a residual. bias
+// is a vector over the columns. ROUND: the norm sees the rounded s. residual_out may be the buffer of residual: a thread
+// has read a chunk before it writes it, and chunks that are read again are written at the last reading.
+template <class X, class B, class R, int V, bool ROUND> struct SumSource {
+  using BiasBits = Operand<B, V, 0>;
+  using ResidualBits = Operand<R, V, 1>;
+  struct Raw : BiasBits, ResidualBits {
     Chunk<X, V> x;
-    Chunk<R, V> r;
   };
   struct Exact {
     float f[V];
   };
   // float32 s is its own rounding; else keep the rounded bits only where nothing more is needed
-  static constexpr bool narrow_kept = ROUND || R::size == 4;
+  static constexpr bool added = R::size > 0, narrow_kept = added && (ROUND || R::size == 4);
   struct Rounded {
     Chunk<R, V> s;
-  };
-  template <bool B, class A, class C> struct Select {
-    using Type = A;
-  };
-  template <class A, class C> struct Select<false, A, C> {
-    using Type = C;
   };
   using Kept = typename Select<narrow_kept, Rounded, Exact>::Type;
   using XType = X;
   const char* x;
+  const char* bias;
   const char* residual;
   char* out;
   int n;
 
-  JN_DEV Raw fetch(u64 start, int offset) const {
-    return Raw{load_chunk<X, V, true>(x + start * X::size + offset * X::size),
-               load_chunk<R, V, true>(residual + start * R::size + offset * R::size)};
+  JN_DEV void fetch_bias(Raw& raw, u32 column, int offset) const {
+    if constexpr (B::size > 0)
+      raw.BiasBits::bits = load_chunk<B, V, false>(bias + column * B::size + offset * B::size);
+  }
+  JN_DEV Raw fetch(u64 start, u32 column, int offset) const {
+    Raw raw;
+    raw.x = load_chunk<X, V, true>(x + start * X::size + offset * X::size);
+    if constexpr (added)
+      raw.ResidualBits::bits = load_chunk<R, V, true>(residual + start * R::size + offset * R::size);
+    fetch_bias(raw, column, offset);
+    return raw;
   }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const {
-    float r[V];
     widen<X, V>(raw.x, f);
-    widen<R, V>(raw.r, r);
-#pragma unroll
-    for (int i = 0; i < V; ++i) f[i] += r[i];
-    if constexpr (ROUND) widen<R, V>(narrow<R, V>(f), f);
+    raw.BiasBits::add_to(f);
+    raw.ResidualBits::add_to(f);
+    if constexpr (added && ROUND) widen<R, V>(narrow<R, V>(f), f);
   }
   JN_DEV void kept_values(const Rounded& kept, float (&f)[V]) const { widen<R, V, true>(kept.s, f); }
   JN_DEV void kept_values(const Exact& kept, float (&f)[V]) const {
@@ -115,27 +133,35 @@ template <class X, class R, int V, bool ROUND> struct AddSource {
     return kept;
   }
   JN_DEV void settle(const float (&f)[V], u64 start, int offset) const {
-    store_bits(out + start * R::size + offset * R::size, narrow<R, V>(f));
+    if constexpr (added) store_bits(out + start * R::size + offset * R::size, narrow<R, V>(f));
   }
 
   template <int THREADS> struct Stashed {
     using SlotX = Stash<X, V, THREADS>;
     using SlotR = Stash<R, V, THREADS>;
     static constexpr int footprint = SlotX::footprint + SlotR::footprint;
-    static JN_DEV void fetch(const AddSource& s, unsigned char* base, u32 thread, u64 start, int offset) {
+    static JN_DEV void fetch(const SumSource& s, unsigned char* base, u32 thread, u64 start, int offset) {
       SlotX::fetch(base, thread, s.x + start * X::size + offset * X::size);
-      SlotR::fetch(base + SlotX::footprint, thread, s.residual + start * R::size + offset * R::size);
+      if constexpr (added)
+        SlotR::fetch(base + SlotX::footprint, thread, s.residual + start * R::size + offset * R::size);
     }
-    static JN_DEV Raw read(const unsigned char* base, u32 thread) {
-      return Raw{SlotX::read(base, thread), SlotR::read(base + SlotX::footprint, thread)};
+    // the bias, which all rows share, stays in the nearest cache
+    static JN_DEV Raw read(const SumSource& s, const unsigned char* base, u32 thread, u32 column, int offset) {
+      Raw raw;
+      raw.x = SlotX::read(base, thread);
+      if constexpr (added) raw.ResidualBits::bits = SlotR::read(base + SlotX::footprint, thread);
+      s.fetch_bias(raw, column, offset);
+      return raw;
     }
   };
 };
+template <class X, class R, int V, bool ROUND> using AddSource = SumSource<X, None, R, V, ROUND>;
 
 // ---- one row on chip
 // ----------------------------------------------------------------------------------------------------
 
 template <class S, class Source> struct Row {
+  using Shape = S;
   using Raw = typename Source::Raw;
   // Chunks on their way through registers at a time: 64 bytes
   static constexpr int V = S::V, BATCH = min_of(4, max_of(1, 64 / int(sizeof(Raw))));
@@ -151,13 +177,17 @@ template <class S, class Source> struct Row {
   Kept kept[S::REGS];
 
   JN_DEV bool has(int k) const { return active && S::has(k, lane); }
+  JN_DEV u32 column() const { return lane * V; }
+  JN_DEV Raw stashed(int k) const {
+    return Stashed::read(source, stash + (k - S::REGS) * Stashed::footprint, lane, column(), k * S::STEP);
+  }
 
   // Issues every load of the row that has somewhere to go; nothing waits here.
   JN_DEV void issue() {
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
       if (has(k))
-        raw[k] = source.fetch(start, k * S::STEP);
+        raw[k] = source.fetch(start, column(), k * S::STEP);
       else
         raw[k] = Raw{};
     }
@@ -170,24 +200,29 @@ template <class S, class Source> struct Row {
     }
   }
 
-  // sum of map(n) over the row; settles every chunk that will not be fetched again
-  template <class Map> JN_DEV float first_sum(Map map, float* sums) {
-    float part[S::REGS];
+  // Adds up over the row what map(n, sums) adds for each n. FIRST: the pass that settles every chunk that will not be
+  // fetched again, and leaves the others in `kept`.
+  template <bool FIRST, int COUNT, class Map> JN_DEV void pass(Map map, float* sums, float (&total)[COUNT]) {
+    float part[COUNT][S::REGS];
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
       float f[V];
-      source.values(raw[k], f);
-      if (has(k)) source.settle(f, start, k * S::STEP);
-      kept[k] = source.keep(raw[k], f);
-      part[k] = add_up(f, map);
+      if constexpr (FIRST) {
+        source.values(raw[k], f);
+        if (has(k)) source.settle(f, start, k * S::STEP);
+        kept[k] = source.keep(raw[k], f);
+      } else {
+        source.kept_values(kept[k], f);
+      }
+      add_up<FIRST>(has(k), f, map, part, k);
     }
     if constexpr (S::Sum::in_wave) {
-      return S::Sum::within_wave(part, lane);
+      S::Sum::within_wave(part, lane, total);
     } else {
       S::Sum::put(sums, part, 0, lane);
-      if constexpr (S::REST > 0) sum_rest(map, sums);
-      if constexpr (S::SHARED > 0) sum_stash(map, sums);
-      return S::Sum::get(sums, lane);
+      if constexpr (S::REST > 0) pass_rest<FIRST, COUNT>(map, sums);
+      if constexpr (S::SHARED > 0) pass_stash<FIRST, COUNT>(map, sums);
+      S::Sum::get(sums, lane, total);
     }
   }
 
@@ -203,129 +238,141 @@ template <class S, class Source> struct Row {
     for (int k = S::REGS; k < S::REGS + S::SHARED; ++k) {
       if (!has(k)) continue;
       float f[V];
-      source.values(Stashed::read(stash + (k - S::REGS) * Stashed::footprint, lane), f);
+      source.values(stashed(k), f);
       use(k, f);
     }
 #pragma unroll 2
     for (int k = S::REGS + S::SHARED; k < S::PER; ++k) {
       if (!has(k)) continue;
       float f[V];
-      source.values(source.fetch(start, k * S::STEP), f);
+      source.values(source.fetch(start, column(), k * S::STEP), f);
       source.settle(f, start, k * S::STEP);
       use(k, f);
     }
   }
 
  private:
-  template <class Map> static JN_DEV float add_up(const float (&f)[V], Map map) {
-    float sum = 0.f;
+  // A chunk that is not there reads as zeros, which map need not take for nothing after the first pass.
+  template <bool FIRST, int COUNT, int B, class Map>
+  static JN_DEV void add_up(bool has, const float (&f)[V], Map map, float (&part)[COUNT][B], int k) {
+    float sum[COUNT] = {};
 #pragma unroll
-    for (int i = 0; i < V; ++i) sum = map(f[i], sum);
-    return sum;
+    for (int i = 0; i < V; ++i) map(f[i], sum);
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) part[c][k] = FIRST || has ? sum[c] : 0.f;
   }
 
-  template <class Map> JN_DEV void sum_stash(Map map, float* sums) {
-    async_wait<0>();
+  template <bool FIRST, int COUNT, class Map> JN_DEV void pass_stash(Map map, float* sums) {
+    if constexpr (FIRST) async_wait<0>();
     constexpr int full = S::SHARED / BATCH * BATCH;
 #pragma unroll 1
-    for (int k = 0; k < full; k += BATCH) sum_stash_batch<BATCH>(k, map, sums);
-    if constexpr (S::SHARED > full) sum_stash_batch<S::SHARED - full>(full, map, sums);
+    for (int k = 0; k < full; k += BATCH) stash_batch<FIRST, COUNT, BATCH>(k, map, sums);
+    if constexpr (S::SHARED > full) stash_batch<FIRST, COUNT, S::SHARED - full>(full, map, sums);
   }
-  template <int B, class Map> JN_DEV void sum_stash_batch(int first, Map map, float* sums) {
-    float part[B];
+  template <bool FIRST, int COUNT, int B, class Map> JN_DEV void stash_batch(int first, Map map, float* sums) {
+    float part[COUNT][B];
 #pragma unroll
     for (int j = 0; j < B; ++j) {
-      part[j] = 0.f;
+#pragma unroll
+      for (int c = 0; c < COUNT; ++c) part[c][j] = 0.f;
       const int k = S::REGS + first + j;
       if (!has(k)) continue;
       float f[V];
-      source.values(Stashed::read(stash + (first + j) * Stashed::footprint, lane), f);
-      source.settle(f, start, k * S::STEP);
-      part[j] = add_up(f, map);
+      source.values(stashed(k), f);
+      if constexpr (FIRST) source.settle(f, start, k * S::STEP);
+      add_up<FIRST>(true, f, map, part, j);
     }
     S::Sum::put(sums, part, S::REGS + first, lane);
   }
 
-  template <class Map> JN_DEV void sum_rest(Map map, float* sums) {
+  template <bool FIRST, int COUNT, class Map> JN_DEV void pass_rest(Map map, float* sums) {
     constexpr int first = S::REGS + S::SHARED, full = S::REST / BATCH * BATCH;
 #pragma unroll 1
-    for (int k = 0; k < full; k += BATCH) sum_rest_batch<BATCH>(first + k, map, sums);
-    if constexpr (S::REST > full) sum_rest_batch<S::REST - full>(first + full, map, sums);
+    for (int k = 0; k < full; k += BATCH) rest_batch<FIRST, COUNT, BATCH>(first + k, map, sums);
+    if constexpr (S::REST > full) rest_batch<FIRST, COUNT, S::REST - full>(first + full, map, sums);
   }
-  template <int B, class Map> JN_DEV void sum_rest_batch(int first, Map map, float* sums) {
+  template <bool FIRST, int COUNT, int B, class Map> JN_DEV void rest_batch(int first, Map map, float* sums) {
     Raw again[B];
 #pragma unroll
     for (int j = 0; j < B; ++j) {
       if (has(first + j))
-        again[j] = source.fetch(start, (first + j) * S::STEP);
+        again[j] = source.fetch(start, column(), (first + j) * S::STEP);
       else
         again[j] = Raw{};
     }
-    float part[B];
+    float part[COUNT][B];
 #pragma unroll
     for (int j = 0; j < B; ++j) {
       float f[V];
       source.values(again[j], f);
-      part[j] = add_up(f, map);
+      add_up<FIRST>(has(first + j), f, map, part, j);
     }
     S::Sum::put(sums, part, first, lane);
   }
 };
 
-// ---- norms
-// --------------------------------------------------------------------------------------------------------------
-
-// n * rsqrt(mean(n * n) + eps)
-template <int N> struct RmsNorm {
-  float eps;
-  struct State {
-    float rstd;
-  };
-  template <class R> JN_DEV State statistics(R& row, float* sums) const {
-    const float sum = row.first_sum([](float n, float acc) { return fused_multiply_add(n, n, acc); }, sums);
-    return State{reciprocal_sqrt(fused_multiply_add(sum, 1.f / float(N), eps))};
-  }
-  static JN_DEV float apply(const State& s, float n) { return n * s.rstd; }
-};
-
 // ---- epilogues
 // ----------------------------------------------------------------------------------------------------------
 
-// y = cast(normalised * (weight + offset)), columns N .. P - 1 zero. BEFORE: round to X's type before the weight.
-// EARLY: fetch the weights of the register slots together with the row, for a block that has nothing else to hide their
-// latency.
-template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY> struct WeightedStore {
+// f = f * (w + offset) + b of what there is.
+template <bool W, bool B, bool OFFSET, int V>
+JN_DEV void affine(float (&f)[V], const float (&w)[V], float offset, const float (&b)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if constexpr (W && B)
+      f[i] = fused_multiply_add(f[i], OFFSET ? w[i] + offset : w[i], b[i]);
+    else if constexpr (W)
+      f[i] *= OFFSET ? w[i] + offset : w[i];
+    else if constexpr (B)
+      f[i] += b[i];
+  }
+}
+
+// y = cast(normalised * (weight + offset) + bias), columns N .. P - 1 zero. BEFORE: round to X's type before the weight.
+// EARLY: fetch the weights and biases of the register slots together with the row, for a block that has nothing else to
+// hide their latency.
+template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY, class B = None>
+struct WeightedStore {
   static constexpr int V = S::V;
   const char* weight;
   char* y;
   float offset;
+  const char* bias = nullptr;
   Chunk<W, V> early[EARLY ? S::REGS : 1];
+  Chunk<B, V> early_bias[EARLY ? S::REGS : 1];
 
-  JN_DEV void issue(u32 lane) {
-    if constexpr (EARLY && W::size > 0) {
+  template <class T> static JN_DEV void fetch_early(Chunk<T, V> (&into)[EARLY ? S::REGS : 1], const char* from, u32 lane) {
+    if constexpr (EARLY && T::size > 0) {
 #pragma unroll
       for (int k = 0; k < S::REGS; ++k) {
         if (S::has(k, lane))
-          early[k] = load_weight(k, lane);
+          into[k] = load<T>(from, k, lane);
         else
-          early[k] = Chunk<W, V>{};
+          into[k] = Chunk<T, V>{};
       }
     }
   }
-  JN_DEV Chunk<W, V> load_weight(int k, u32 lane) const {
-    return load_chunk<W, V, false>(weight + lane * (V * W::size) + k * S::STEP * W::size);
+  JN_DEV void issue(u32 lane) {
+    fetch_early<W>(early, weight, lane);
+    fetch_early<B>(early_bias, bias, lane);
+  }
+  template <class T> static JN_DEV Chunk<T, V> load(const char* from, int k, u32 lane) {
+    return load_chunk<T, V, false>(from + lane * (V * T::size) + k * S::STEP * T::size);
+  }
+  template <class T>
+  static JN_DEV void values(const Chunk<T, V> (&held)[EARLY ? S::REGS : 1], const char* from, int k, u32 lane,
+                            float (&f)[V]) {
+    if (EARLY && k < S::REGS)
+      widen<T, V>(held[k < S::REGS ? k : 0], f);
+    else
+      widen<T, V>(load<T>(from, k, lane), f);
   }
   JN_DEV void store(u64 row, u32 lane, int k, float (&f)[V]) const {
     if constexpr (BEFORE) widen<X, V>(narrow<X, V>(f), f);
-    if constexpr (W::size > 0) {
-      float w[V];
-      if (EARLY && k < S::REGS)
-        widen<W, V>(early[k < S::REGS ? k : 0], w);
-      else
-        widen<W, V>(load_weight(k, lane), w);
-#pragma unroll
-      for (int i = 0; i < V; ++i) f[i] *= OFFSET ? w[i] + offset : w[i];
-    }
+    float w[V], b[V];
+    if constexpr (W::size > 0) values<W>(early, weight, k, lane, w);
+    if constexpr (B::size > 0) values<B>(early_bias, bias, k, lane, b);
+    affine<W::size != 0, B::size != 0, OFFSET>(f, w, offset, b);
     store_bits(y + (row * P + lane * V) * Y::size + k * S::STEP * Y::size, narrow<Y, V>(f));
   }
   JN_DEV void finish(u64 row, u32 lane) const {
@@ -341,7 +388,7 @@ template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, b
 // ---------------------------------------------------------------------------------------------------------
 
 template <class S, class R, class Norm, class Epilogue>
-JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float* rstd, float* sums) {
+JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float* sums) {
   const auto state = norm.statistics(row, sums);
   row.each([&](int k, float (&f)[S::V]) {
 #pragma unroll
@@ -350,15 +397,15 @@ JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float
   });
   if (!row.active) return;
   epilogue.finish(row.row, row.lane);
-  if (rstd != nullptr && row.lane == 0) rstd[row.row] = state.rstd;
+  if (row.lane == 0) norm.save(state, row.row);
 }
 
 template <class S, class Source, class Norm, class Epilogue>
-JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilogue, float* rstd, u64 rows) {
+JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilogue, u64 rows) {
   const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
             group = S::GROUPS > 1 ? thread / S::LANES : 0;
   float* sums = (float*)shared_memory();
-  unsigned char* stash = shared_memory() + S::Sum::bytes;
+  unsigned char* stash = shared_memory() + Norm::BUFFERS * S::Sum::bytes;
   const u64 first = linear_block() * (S::GROUPS * S::UNROLL) + group;
 
   auto make = [&](int u) {
@@ -371,7 +418,7 @@ JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilog
     if (!S::Sum::in_wave && row.row >= rows) return;  // the whole block
     row.issue();
     epilogue.issue(lane);
-    finish_row<S>(row, norm, epilogue, rstd, sums);
+    finish_row<S>(row, norm, epilogue, sums);
   } else {
     static_assert(S::UNROLL == 2 || S::UNROLL == 4, "rows at a time");
     OneRow a = make(0), b = make(1);
@@ -379,15 +426,15 @@ JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilog
       OneRow c = make(2), d = make(3);
       a.issue(), b.issue(), c.issue(), d.issue();
       epilogue.issue(lane);
-      finish_row<S>(a, norm, epilogue, rstd, sums);
-      finish_row<S>(b, norm, epilogue, rstd, sums);
-      finish_row<S>(c, norm, epilogue, rstd, sums);
-      finish_row<S>(d, norm, epilogue, rstd, sums);
+      finish_row<S>(a, norm, epilogue, sums);
+      finish_row<S>(b, norm, epilogue, sums);
+      finish_row<S>(c, norm, epilogue, sums);
+      finish_row<S>(d, norm, epilogue, sums);
     } else {
       a.issue(), b.issue();
       epilogue.issue(lane);
-      finish_row<S>(a, norm, epilogue, rstd, sums);
-      finish_row<S>(b, norm, epilogue, rstd, sums);
+      finish_row<S>(a, norm, epilogue, sums);
+      finish_row<S>(b, norm, epilogue, sums);
     }
   }
 }
