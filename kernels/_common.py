@@ -168,3 +168,46 @@ def scaled(n, rstd, w, x_ptr, HAS_WEIGHT: tl.constexpr, CAST_BEFORE_WEIGHT: tl.c
     if HAS_WEIGHT:
         y = y * w
     return y
+
+
+@triton.jit
+def added(
+    x, x_bias, residual, residual_out_ptr, HAS_X_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROUND_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """(what the norm reads, s) for ``s = x + x_bias + residual`` of what is there, added in this order."""
+    s = x.to(tl.float32)
+    if HAS_X_BIAS:
+        s += x_bias.to(tl.float32)
+    if HAS_RESIDUAL:
+        s += residual.to(tl.float32)
+    if HAS_RESIDUAL and ROUND_RESIDUAL:
+        return round_to(s, residual_out_ptr), s
+    else:
+        return s, s
+
+
+@triton.jit
+def mean_corrected(n, live, N: tl.constexpr, EPS: tl.constexpr, CHUNKS: tl.constexpr, MASKED: tl.constexpr):
+    """(m0, e, rstd) of the rows of a tile: the mean in two parts, and the variance of the deviations from their sum.
+
+    IEEE divisions: as products with 1/N they would be fused with the subtraction of m0 in some places and not in others."""
+    COUNT: tl.constexpr = N * 1.0
+    mean = tl.div_rn(row_sum(n, CHUNKS), COUNT)
+    d = n - spread(mean, CHUNKS)
+    if MASKED:
+        d = tl.where(live, d, 0.0)
+    shift = tl.div_rn(row_sum(d, CHUNKS), COUNT)
+    var = tl.div_rn(row_sum(d * d, CHUNKS), COUNT) - shift * shift
+    # a constant row may come out below zero; a comparison keeps NaN
+    return mean, shift, tl.rsqrt(tl.where(var < 0.0, 0.0, var) + EPS)
+
+
+@triton.jit
+def transformed(
+    xh, w, b, x_ptr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CAST_BEFORE_WEIGHT: tl.constexpr
+):  # fmt: skip
+    """``xh * w + b`` with the rounding points of the contract."""
+    y = scaled(xh, 1.0, w, x_ptr, HAS_WEIGHT, CAST_BEFORE_WEIGHT)
+    if HAS_BIAS:
+        y = y + b
+    return y

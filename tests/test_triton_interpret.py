@@ -327,7 +327,8 @@ def run_backward(p, arrays, plan=rmsnorm_triton.plan):
     if steps[-1].kernel.endswith("_reduce"):
         block = 1024
         constants = tuple((k, {"BLOCK": block, "ROWS": 16}.get(k, v)) for k, v in steps[-1].constants)
-        steps = (*steps[:-1], dataclasses.replace(steps[-1], constants=constants, grid=(-(-p.features // block), 1, 1)))
+        grid = (-(-dict(constants)["N"] // block), 1, 1)
+        steps = (*steps[:-1], dataclasses.replace(steps[-1], constants=constants, grid=grid))
     return interpreter.run(steps, p, arrays)
 
 

@@ -1,6 +1,6 @@
 // LayerNorm, with or without a bias of x and a residual, and its gradient. All sizes, types and options are macros
-// (kernels/configs/layernorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices
-// are dense, row-major. mean and shift are the two parts of a row's mean (norms.h).
+// (kernels/configs/layernorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile.
+// Matrices are dense, row-major. mean and shift are the two parts of a row's mean (norms.h).
 #include "jaxnorm/norms.h"
 #include "jaxnorm/rows.h"
 #include "jaxnorm/rows_bwd.h"
@@ -8,8 +8,8 @@
 #if defined(JN_ENTRY_layernorm_fwd)
 // a = x + x_bias + residual; y = cast((a - mean) * rstd * (weight + offset) + bias)
 //   x [rows, N]; residual [rows, N] or null; x_bias, weight, bias [N] or null
-//   y [rows, P], columns from N on are zero; residual_out [rows, N] (may be residual's buffer) or null; mean, shift, rstd
-//   [rows] or null
+//   y [rows, P], columns from N on are zero; residual_out [rows, N] (may be residual's buffer) or null; mean, shift,
+//   rstd [rows] or null
 // A group of JN_LANES threads owns JN_UNROLL rows.
 JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
     layernorm_fwd(const char* x, const char* x_bias, const char* residual, const char* weight, const char* bias,
@@ -66,7 +66,7 @@ JN_ENTRY JN_BOUNDS(JN_LANES, JN_MIN_BLOCKS)
   using Norm = LayerBackward<JN_N>;
   const BackwardPointers<Norm> p{n, x_bias, weight, dy, nullptr, {nullptr, mean, nullptr}};
   backward_sums<Shape, Norm, BackwardTypes<JN_X, JN_X_BIAS, JN_WEIGHT, JN_DY>, JN_HAS_OFFSET>(p, JN_OFFSET, rows, JN_P,
-                                                                                             dot);
+                                                                                              dot);
 }
 #endif
 

@@ -41,7 +41,8 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_layernorm_quant_fwd)
-// y = (a - mean) * rstd * (weight + offset) + bias, a = x + x_bias + residual; residual_out [rows, N] as in layernorm_fwd
+// y = (a - mean) * rstd * (weight + offset) + bias, a = x + x_bias + residual; residual_out [rows, N] as in
+// layernorm_fwd
 JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
     layernorm_quant_fwd(const char* x, const char* x_bias, const char* residual, const char* weight, const char* bias,
                         const char* smooth, const float* static_scale, unsigned long long rows,

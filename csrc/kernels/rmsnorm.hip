@@ -22,7 +22,8 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
-  forward_rows<Shape>(source, RmsNorm<JN_N>{JN_EPS, JN_HAS_RSTD ? rstd : nullptr}, Epilogue{weight, y, JN_OFFSET}, rows);
+  forward_rows<Shape>(source, RmsNorm<JN_N>{JN_EPS, JN_HAS_RSTD ? rstd : nullptr}, Epilogue{weight, y, JN_OFFSET},
+                      rows);
 }
 #endif
 

@@ -37,7 +37,7 @@ def _backward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Ar
     return ref.backward(a, features=call.features, dtypes=dtypes, axes=axes, **dict(call.options))
 
 
-_PLANS = {"hip": "rmsnorm_hip"}
+_PLANS = {"triton": "rmsnorm_triton", "hip": "rmsnorm_hip"}
 FORWARD = register_stage(StageDef("layernorm_fwd", "layernorm", _forward_reference, _PLANS))
 BACKWARD = register_stage(StageDef("layernorm_bwd", "layernorm", _backward_reference, _PLANS))
 

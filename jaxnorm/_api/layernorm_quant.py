@@ -19,7 +19,7 @@ def _reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
     return {**out, **quant.encode(call, out["y"], a, axes)}
 
 
-_PLANS = {"hip": "quant_hip"}
+_PLANS = {"triton": "quant_triton", "hip": "quant_hip"}
 LAYERNORM_QUANT = register_stage(StageDef("layernorm_quant_fwd", "layernorm_quant", _reference, _PLANS))
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from . import ITEMSIZE, Launch, Problem, Unsupported, next_power_of_2, wave_size
 from .rmsnorm_triton import GRID_COLUMNS, MAX_FEATURES, MAX_ROWS, Tile
 
-STAGES = ("rmsnorm_quant_fwd", "quantize_fwd")
+STAGES = {"rmsnorm_quant_fwd": "rmsnorm", "layernorm_quant_fwd": "layernorm", "quantize_fwd": ""}
+"""The norm of each."""
 ROW_BUFFERS = ("x", "residual", "y", "residual_out")
 VEC = 8
 """Neighbouring elements of a lane: 16 bytes of bfloat16 read, 8 bytes of codes written."""
@@ -160,7 +161,7 @@ def _hardware(dtype: str, target: str) -> str:
 
 def _constants(problem: Problem) -> tuple[tuple[str, object], ...]:
     options, spec = dict(problem.options), problem.option("spec")
-    norm, static = problem.stage == "rmsnorm_quant_fwd", problem.has("static_scale")
+    norm, static = STAGES[problem.stage], problem.has("static_scale")
     form, group = FORMATS[spec.dtype], 0 if static else spec.group_size or 0
     groups = _padded(problem) // group if group else 1
     e8m0 = spec.e8m0_rounding if group and spec.scale_dtype == "e8m0" else ""
@@ -175,12 +176,14 @@ def _constants(problem: Problem) -> tuple[tuple[str, object], ...]:
         ("NORM", norm),
         ("EPS", float(options["eps"]) if norm else 0.0),
         ("WEIGHT_OFFSET", float(options["weight_offset"]) if norm else 0.0),
+        ("HAS_X_BIAS", problem.has("x_bias")),
         ("HAS_RESIDUAL", problem.has("residual")),
         ("HAS_WEIGHT", problem.has("weight")),
+        ("HAS_BIAS", problem.has("bias")),
         ("HAS_SMOOTH", problem.has("smooth_scale")),
         ("HAS_STATIC", static),
         ("HAS_Y", problem.has("y")),
-        ("CAST_BEFORE_WEIGHT", norm and options["cast"] == "before_weight"),
+        ("CAST_BEFORE_WEIGHT", bool(norm) and options["cast"] == "before_weight"),
         ("ROUND_RESIDUAL", problem.has("residual") and options["residual_rounding"] == "input"),
         ("MAX", form.max),
         ("MANTISSA", form.mantissa),
@@ -206,7 +209,7 @@ def _launch(problem: Problem, shape: Tile | Loop) -> Launch:
     programs = -(-_scale_rows(problem) // (shape.rows if tiled else 1))
     return Launch(
         kernel=f"quant:{'quant_fwd' if tiled else 'quant_fwd_long'}",
-        inputs=("x", "residual", "weight", "smooth_scale", "static_scale"),
+        inputs=("x", "x_bias", "residual", "weight", "bias", "smooth_scale", "static_scale"),
         scalars=(("M", "i32", problem.rows), ("R", "i32", _scale_rows(problem))),
         outputs=("values", "scale", "residual_out", "y"),
         grid=(min(programs, GRID_COLUMNS), -(-programs // GRID_COLUMNS), 1),

@@ -111,7 +111,9 @@ def _forward(problem: Problem) -> Forward:
     lanes = _row_lanes(problem, chunks, words, wave)
     if lanes <= wave:
         per, groups = _ceil(chunks, wave), 128 // wave
-        return Forward(wave, groups, regs=per, early=per <= 2, min_blocks=_min_blocks(problem, 128, per))
+        early = per <= 2
+        words = per * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
+        return Forward(wave, groups, regs=per, early=early, min_blocks=_min_blocks(problem, 128, per, words * early))
     return _with_storage(problem, Forward(lanes))
 
 
@@ -178,10 +180,11 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     weight_words = regs * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
     few = problem.rows * c.lanes <= 8 * compute_units(problem.target) * 1024 and not shared
     early = weight_words <= (32 if few else 8)
-    return replace(c, regs=regs, shared=shared, early=early, min_blocks=_min_blocks(problem, c.lanes, regs))
+    blocks = _min_blocks(problem, c.lanes, regs, weight_words * early)
+    return replace(c, regs=regs, shared=shared, early=early, min_blocks=blocks)
 
 
-def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
+def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0) -> int:
     """Blocks on a compute unit that the compiler must leave registers for: those that hold the row and 24 more
     where all is bfloat16, 40 otherwise (conversions of float16 take more; seen to do without spills in the sm_90 code).
 
@@ -192,7 +195,9 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
     if not _nvidia(problem):
         return 1
     plain = all(d == "bfloat16" for n, d in problem.dtypes if n not in STATS["layernorm"])
-    need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40) + 8 * (_family(problem) == "layernorm")
+    need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
+    if _family(problem) == "layernorm":  # two more scalars of the row, and the bias beside the weight
+        need += 8 + max(0, early_words - 8)
     most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
     fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)

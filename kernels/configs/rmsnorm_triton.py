@@ -1,4 +1,4 @@
-"""Launches of the RMSNorm stages through Triton: which kernel, which tile, how many programs.
+"""Launches of the RMSNorm and LayerNorm stages through Triton: which kernel, which tile, how many programs.
 
 The tile of a row depends on the features, dtypes and target alone, never on the number of rows: one code object serves every M,
 so a row has the same bits wherever it stands. Thresholds marked *H200* were measured there; those of AMD targets follow from
@@ -80,10 +80,9 @@ class Backward:
     stages: int = 1
 
 
-ROW_BUFFERS = {
-    "rmsnorm_fwd": ("x", "residual", "y", "residual_out"),
-    "rmsnorm_bwd": ("n", "dy", "dresidual_out", "dx", "dresidual"),
-}
+ROW_BUFFERS = {"fwd": ("x", "residual", "y", "residual_out"), "bwd": ("n", "dy", "dresidual_out", "dx", "dresidual")}
+SUMS = ("dweight", "dbias", "dx_bias")
+STAGES = tuple(f"{family}_{direction}" for family in ("rmsnorm", "layernorm") for direction in ROW_BUFFERS)
 
 
 def plan(problem: Problem) -> tuple[Launch, ...]:
@@ -93,7 +92,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
       Unsupported: another stage, no rows, or more rows or features than the kernels count.
     """
     _check(problem)
-    if problem.stage == "rmsnorm_fwd":
+    if _forward(problem):
         width = next_power_of_2(_padded(problem))
         if width <= TILE_FWD[_family(problem)]:
             return (_fwd(problem, _tile(problem, width)),)
@@ -108,7 +107,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
 def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     """Plans worth timing against :func:`plan`, the plan itself first; all compute the same stage, in other orders of the sums."""
     found = [plan(problem)]
-    maker = _fwd_candidates if problem.stage == "rmsnorm_fwd" else _bwd_candidates
+    maker = _fwd_candidates if _forward(problem) else _bwd_candidates
     for launches in maker(problem):
         if launches not in found:
             found.append(launches)
@@ -116,7 +115,7 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
 
 
 def _check(problem: Problem) -> None:
-    if problem.stage not in ROW_BUFFERS:
+    if problem.stage not in STAGES:
         raise Unsupported(f"no Triton kernel for the stage {problem.stage}")
     if problem.rows < 1:
         raise Unsupported("no rows: nothing to launch")
@@ -126,19 +125,32 @@ def _check(problem: Problem) -> None:
         raise Unsupported(f"rows of {_padded(problem)} elements; the kernels take up to {MAX_FEATURES}")
 
 
+def _forward(problem: Problem) -> bool:
+    return problem.stage.endswith("_fwd")
+
+
+def _norm(problem: Problem) -> str:
+    """``rmsnorm``, ``layernorm``: the module of the kernels and the first part of their names."""
+    return problem.stage.split("_")[0]
+
+
+def _layer(problem: Problem) -> bool:
+    return _norm(problem) == "layernorm"
+
+
 def _family(problem: Problem) -> str:
     return "gfx" if problem.target.startswith("gfx") else "sm"
 
 
 def _padded(problem: Problem) -> int:
     """P: the width of y, or of its cotangent."""
-    return problem.shape("y" if problem.stage == "rmsnorm_fwd" else "dy")[-1]
+    return problem.shape("y" if _forward(problem) else "dy")[-1]
 
 
 def _lane_width(problem: Problem) -> tuple[int, bool]:
     """(elements of one access, whether row bases limit it): the widest any row buffer can use, for Triton gives all the same."""
     width, full = 1, 16 // min(ITEMSIZE[d] for _, d in problem.dtypes)
-    for name in ROW_BUFFERS[problem.stage]:
+    for name in ROW_BUFFERS[problem.stage.split("_")[1]]:
         if problem.has(name):
             stride = problem.shape(name)[-1]
             width = max(width, min(16 // ITEMSIZE[problem.dtype(name)], stride & -stride))
@@ -149,7 +161,7 @@ def _tile(problem: Problem, width: int) -> Tile:
     wave = wave_size(problem.target)
     vec, limited = _lane_width(problem)
     hint = vec if limited else 0
-    longest = (WAVE_FWD if problem.stage == "rmsnorm_fwd" else WAVE_BWD)[_family(problem)]
+    longest = (WAVE_FWD if _forward(problem) else WAVE_BWD)[_family(problem)]
     if width <= (longest if isinstance(longest, int) else longest[wave]):
         # A wave (or part of one) per row: the sum needs no barrier. Four waves a program, so that a lane holds one row exactly:
         # the same instructions serve every row of the tile.
@@ -210,7 +222,7 @@ def _backward(problem: Problem, width: int) -> Backward:
     # 8 elements a lane on NVIDIA: with the next row on its way 59 registers (bf16), which lets 1024 threads share an SM; of 16
     # elements the compiler makes 128 registers. AMD has registers for 16: 118.
     threads = min(max(width // (8 if sm else 16), 64), 1024)
-    if threads == 1024 and (width > (8192 if sm else 16384) or row_bytes > 4):
+    if threads == 1024 and (width > (8192 if sm else 16384) or row_bytes > 4 or _layer(problem)):
         # Registers are 64 (NVIDIA) or 128 (AMD) a thread of 1024: read twice rather than spill.
         return Backward(dataclasses.replace(tile, warps=(512 if sm else 1024) // wave), 1, reread=True)
     # *H200*: 8192x4096 1.077 through the compiler's pipeline, 1.098 with the prefetch of the kernel (1024x4096: 1.60 and 1.54);
@@ -232,6 +244,7 @@ def _fwd_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
         ("P", _padded(problem)),
         ("EPS", float(problem.option("eps"))),
         ("WEIGHT_OFFSET", float(problem.option("weight_offset"))),
+        *((("HAS_X_BIAS", problem.has("x_bias")), ("HAS_BIAS", problem.has("bias"))) if _layer(problem) else ()),
         ("HAS_RESIDUAL", has_residual),
         ("HAS_WEIGHT", problem.has("weight")),
         ("HAS_RSTD", problem.has("rstd")),
@@ -241,26 +254,59 @@ def _fwd_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
 
 
 def _fwd(problem: Problem, tile: Tile) -> Launch:
-    return _fwd_launch(problem, "rmsnorm_fwd", -(-problem.rows // tile.rows), tile.constants(), tile.warps)
+    return _fwd_launch(problem, "fwd", -(-problem.rows // tile.rows), tile.constants(), tile.warps)
 
 
 def _fwd_long(problem: Problem, loop: Loop) -> Launch:
     shape = (*loop.constants(), ("EARLY", loop.early))
-    return _fwd_launch(problem, "rmsnorm_fwd_long", problem.rows, shape, loop.warps)
+    return _fwd_launch(problem, "fwd_long", problem.rows, shape, loop.warps)
 
 
 def _fwd_launch(
     problem: Problem, kernel: str, programs: int, shape: tuple[tuple[str, object], ...], warps: int
 ) -> Launch:
     return Launch(
-        kernel=f"rmsnorm:{kernel}",
-        inputs=("x", "residual", "weight"),
+        kernel=_kernel(problem, kernel),
+        inputs=("x", "x_bias", "residual", "weight", "bias") if _layer(problem) else ("x", "residual", "weight"),
         scalars=(("M", "i32", problem.rows),),
-        outputs=("y", "residual_out", "rstd"),
+        outputs=("y", "residual_out", *_stats(problem)),
         grid=_grid(programs),
         constants=(*_fwd_constants(problem), *shape),
         num_warps=warps,
     )
+
+
+def _kernel(problem: Problem, name: str) -> str:
+    return f"{_norm(problem)}:{_norm(problem)}_{name}"
+
+
+def _stats(problem: Problem) -> tuple[str, ...]:
+    """Scalars of a row that the forward saves for the backward."""
+    return ("mean", "shift", "rstd") if _layer(problem) else ("rstd",)
+
+
+def _vectors(problem: Problem) -> tuple[str, ...]:
+    """The gradients of vectors that are wanted, in the order of their stack."""
+    if _layer(problem):
+        return tuple(n for n in SUMS if n in problem.option("sums"))
+    return ("dweight",) if problem.has("dweight") else ()
+
+
+def _bwd_inputs(problem: Problem) -> tuple[str, ...]:
+    return ("n", *(("x_bias",) if _layer(problem) else ()), "weight", *_stats(problem), "dy", "dresidual_out")
+
+
+def _sum_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
+    wanted = SUMS if _layer(problem) else SUMS[:1]
+    return tuple((f"HAS_{n.upper()}", n in _vectors(problem)) for n in wanted)
+
+
+def _partials(problem: Problem, programs: int) -> tuple[str, tuple[tuple[str, tuple[int, ...], str], ...]]:
+    """(where the shares of the programs go, their scratch); one program's share is the whole sum: no second launch."""
+    vectors, total = _vectors(problem), "sums" if _layer(problem) else "dweight"
+    if programs == 1 or not vectors:
+        return total, ()
+    return f"{total}_partial", ((f"{total}_partial", (programs, len(vectors) * problem.features), "float32"),)
 
 
 def _bwd_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
@@ -268,6 +314,7 @@ def _bwd_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
         ("N", problem.features),
         ("P", _padded(problem)),
         ("WEIGHT_OFFSET", float(problem.option("weight_offset"))),
+        *((("HAS_X_BIAS", problem.has("x_bias")),) if _layer(problem) else ()),
         ("HAS_WEIGHT", problem.has("weight")),
         ("HAS_DRESIDUAL_OUT", problem.has("dresidual_out")),
         ("HAS_DRESIDUAL", problem.has("dresidual")),
@@ -281,22 +328,20 @@ def _programs(problem: Problem, units: int, most: int) -> int:
 
 
 def _bwd(problem: Problem, config: Backward) -> tuple[Launch, ...]:
-    tile, n = config.tile, problem.features
-    tiles = -(-problem.rows // tile.rows)
-    programs = _programs(problem, tiles, compute_units(problem.target) * config.programs_per_unit)
-    has_dweight = problem.has("dweight")
-    # One program's share is the whole sum: no second launch.
-    partial = "dweight" if programs == 1 else "dweight_partial"
-    temps = ((partial, (programs, n), "float32"),) if has_dweight and programs > 1 else ()
+    tile = config.tile
+    programs = _programs(
+        problem, -(-problem.rows // tile.rows), compute_units(problem.target) * config.programs_per_unit
+    )
+    partial, temps = _partials(problem, programs)
     first = Launch(
-        kernel="rmsnorm:rmsnorm_bwd",
-        inputs=("n", "weight", "rstd", "dy", "dresidual_out"),
+        kernel=_kernel(problem, "bwd"),
+        inputs=_bwd_inputs(problem),
         scalars=(("M", "i32", problem.rows), ("PROGRAMS", "i32", programs)),
         outputs=("dx", "dresidual", partial),
         grid=(programs, 1, 1),
         constants=(
             *_bwd_constants(problem),
-            ("HAS_DWEIGHT", has_dweight),
+            *_sum_constants(problem),
             *tile.constants(),
             ("STAGES", config.stages),
             ("PREFETCH", config.prefetch),
@@ -309,48 +354,52 @@ def _bwd(problem: Problem, config: Backward) -> tuple[Launch, ...]:
 
 
 def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
-    n = problem.features
+    layer, means = _layer(problem), ("product", "average") if "dx_bias" in _vectors(problem) else ()
+    wants = (("HAS_DX_BIAS", bool(means)),) if layer else ()
     dx = Launch(
-        kernel="rmsnorm:rmsnorm_bwd_long",
-        inputs=("n", "weight", "rstd", "dy", "dresidual_out"),
+        kernel=_kernel(problem, "bwd_long"),
+        inputs=_bwd_inputs(problem),
         scalars=(("M", "i32", problem.rows),),
-        outputs=("dx", "dresidual"),
+        outputs=("dx", "dresidual", *(("product", "average") if layer else ())),
         grid=_grid(problem.rows),
-        constants=(*_bwd_constants(problem), *loop.constants()),
+        constants=(*_bwd_constants(problem), *wants, *loop.constants()),
         num_warps=loop.warps,
+        temps=tuple((name, (problem.rows,), "float32") for name in means),
     )
-    if not problem.has("dweight"):
+    if not _vectors(problem):
         return (dx,)
     wave, block = wave_size(problem.target), 1024
-    columns = -(-n // block)
+    columns = -(-problem.features // block)
     # About eight workgroups of 128 threads a compute unit, each with STAGES rows on the way.
     programs = _programs(problem, problem.rows, max(1, 8 * compute_units(problem.target) // columns))
-    partial = "dweight" if programs == 1 else "dweight_partial"
-    temps = ((partial, (programs, n), "float32"),) if programs > 1 else ()
-    dweight = Launch(
-        kernel="rmsnorm:rmsnorm_bwd_columns",
-        inputs=("n", "rstd", "dy"),
+    partial, temps = _partials(problem, programs)
+    shape = (("BLOCK", block), ("VEC", loop.vec), ("STAGES", 4))
+    known = tuple(c for c in _bwd_constants(problem) if c[0] != "HAS_DRESIDUAL")
+    sums = Launch(
+        kernel=_kernel(problem, "bwd_columns"),
+        inputs=(*_bwd_inputs(problem), "product", "average") if layer else ("n", "rstd", "dy"),
         scalars=(("M", "i32", problem.rows), ("PROGRAMS", "i32", programs)),
         outputs=(partial,),
         grid=(columns, programs, 1),
-        constants=(("N", n), ("P", _padded(problem)), ("BLOCK", block), ("VEC", loop.vec), ("STAGES", 4)),
+        constants=(*known, *_sum_constants(problem), *shape) if layer else (*known[:2], *shape),
         num_warps=128 // wave,
         temps=temps,
     )
-    return (dx, dweight, *_reduce(problem, programs)) if temps else (dx, dweight)
+    return (dx, sums, *_reduce(problem, programs)) if temps else (dx, sums)
 
 
 def _reduce(problem: Problem, programs: int) -> tuple[Launch, ...]:
     """Sum of the partials. Narrow column blocks give enough programs; all rows in one or two reads hide the latency."""
     rows, block = min(max(next_power_of_2(programs), 16), 512), 16
+    width, total = problem.features * max(1, len(_vectors(problem))), "sums" if _layer(problem) else "dweight"
     return (
         Launch(
             kernel="rmsnorm:rmsnorm_bwd_reduce",
-            inputs=("dweight_partial",),
+            inputs=(f"{total}_partial",),
             scalars=(("PROGRAMS", "i32", programs),),
-            outputs=("dweight",),
-            grid=(-(-problem.features // block), 1, 1),
-            constants=(("N", problem.features), ("ROWS", rows), ("BLOCK", block)),
+            outputs=(total,),
+            grid=(-(-width // block), 1, 1),
+            constants=(("N", width), ("ROWS", rows), ("BLOCK", block)),
             num_warps=min(256, max(64, rows * block // 16)) // wave_size(problem.target),
         ),
     )
@@ -385,15 +434,11 @@ def _loops(problem: Problem) -> Iterator[Loop]:
                     yield dataclasses.replace(shape, stages=stages)
 
 
-def _forward(problem: Problem) -> bool:
-    return problem.stage == "rmsnorm_fwd"
-
-
 def _fits(problem: Problem, block: int, stages: int, per_unit: int = 1) -> bool:
     """Whether the pipelines of a unit's programs fit shared memory: a buffer of every input a stage, and room for the sums."""
     if stages == 1:
         return True
-    inputs = ("x", "residual", "weight") if _forward(problem) else ("n", "dy", "dresidual_out", "weight")
+    inputs = ("x", "residual", "weight", "bias") if _forward(problem) else ("n", "dy", "dresidual_out", "weight")
     column = sum(ITEMSIZE[problem.dtype(b)] for b in inputs if problem.has(b))
     return per_unit * (stages * block * column + 4096) <= shared_memory(problem.target)
 

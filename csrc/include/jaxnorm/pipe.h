@@ -1,4 +1,5 @@
-// The rows of a backward pass on their way: what is read of a row, and where it waits while rows before it are worked on.
+// The rows of a backward pass on their way: what is read of a row, and where it waits while rows before it are worked
+// on.
 #pragma once
 #include "jaxnorm/reduce.h"
 #include "jaxnorm/vec.h"
@@ -171,7 +172,6 @@ template <class S, class Norm, class Types, int DEPTH_> struct RegisterPipe {
 };
 
 template <bool SHARED, class S, class Norm, class Types, int DEPTH>
-using PipeOf =
-    typename Select<SHARED, SharedPipe<S, Norm, Types, DEPTH>, RegisterPipe<S, Norm, Types, DEPTH>>::Type;
+using PipeOf = typename Select<SHARED, SharedPipe<S, Norm, Types, DEPTH>, RegisterPipe<S, Norm, Types, DEPTH>>::Type;
 
 }  // namespace jaxnorm

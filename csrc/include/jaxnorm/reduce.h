@@ -167,8 +167,7 @@ template <int CHUNKS, int LANES> struct RowSum {
       total[1] = upper ? v : other;
     }
   }
-  template <int COUNT, int B>
-  static JN_DEV void put(float* sums, float (&part)[COUNT][B], int first, u32 thread) {
+  template <int COUNT, int B> static JN_DEV void put(float* sums, float (&part)[COUNT][B], int first, u32 thread) {
     if constexpr (COUNT == 1) {
       put(sums, part[0], first, thread);
     } else if constexpr (2 * B > kWave) {

@@ -1,5 +1,5 @@
-// Row-wise forward kernels, from three parts: a source of rows (x, or x + residual), a norm (norms.h: statistics and the
-// map they define) and an epilogue (what is written per chunk).
+// Row-wise forward kernels, from three parts: a source of rows (x, or x + residual), a norm (norms.h: statistics and
+// the map they define) and an epilogue (what is written per chunk).
 //
 // A row belongs to LANES threads: less than a wave, a wave, or several waves (then one row per block). It is read once
 // and kept where there is room: the first REGS chunks of a thread in registers, the next SHARED in shared memory, the
@@ -75,8 +75,8 @@ template <int V, int WHICH> struct Operand<None, V, WHICH> {
 };
 
 // s = x + bias + residual of what there is (B, R: None = absent); written as residual_out if there is a residual. bias
-// is a vector over the columns. ROUND: the norm sees the rounded s. residual_out may be the buffer of residual: a thread
-// has read a chunk before it writes it, and chunks that are read again are written at the last reading.
+// is a vector over the columns. ROUND: the norm sees the rounded s. residual_out may be the buffer of residual: a
+// thread has read a chunk before it writes it, and chunks that are read again are written at the last reading.
 template <class X, class B, class R, int V, bool ROUND> struct SumSource {
   using BiasBits = Operand<B, V, 0>;
   using ResidualBits = Operand<R, V, 1>;
@@ -100,14 +100,12 @@ template <class X, class B, class R, int V, bool ROUND> struct SumSource {
   int n;
 
   JN_DEV void fetch_bias(Raw& raw, u32 column, int offset) const {
-    if constexpr (B::size > 0)
-      raw.BiasBits::bits = load_chunk<B, V, false>(bias + column * B::size + offset * B::size);
+    if constexpr (B::size > 0) raw.BiasBits::bits = load_chunk<B, V, false>(bias + column * B::size + offset * B::size);
   }
   JN_DEV Raw fetch(u64 start, u32 column, int offset) const {
     Raw raw;
     raw.x = load_chunk<X, V, true>(x + start * X::size + offset * X::size);
-    if constexpr (added)
-      raw.ResidualBits::bits = load_chunk<R, V, true>(residual + start * R::size + offset * R::size);
+    if constexpr (added) raw.ResidualBits::bits = load_chunk<R, V, true>(residual + start * R::size + offset * R::size);
     fetch_bias(raw, column, offset);
     return raw;
   }
@@ -328,9 +326,9 @@ JN_DEV void affine(float (&f)[V], const float (&w)[V], float offset, const float
   }
 }
 
-// y = cast(normalised * (weight + offset) + bias), columns N .. P - 1 zero. BEFORE: round to X's type before the weight.
-// EARLY: fetch the weights and biases of the register slots together with the row, for a block that has nothing else to
-// hide their latency.
+// y = cast(normalised * (weight + offset) + bias), columns N .. P - 1 zero. BEFORE: round to X's type before the
+// weight. EARLY: fetch the weights and biases of the register slots together with the row, for a block that has nothing
+// else to hide their latency.
 template <class S, class X, class W, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY, class B = None>
 struct WeightedStore {
   static constexpr int V = S::V;
@@ -341,7 +339,8 @@ struct WeightedStore {
   Chunk<W, V> early[EARLY ? S::REGS : 1];
   Chunk<B, V> early_bias[EARLY ? S::REGS : 1];
 
-  template <class T> static JN_DEV void fetch_early(Chunk<T, V> (&into)[EARLY ? S::REGS : 1], const char* from, u32 lane) {
+  template <class T>
+  static JN_DEV void fetch_early(Chunk<T, V> (&into)[EARLY ? S::REGS : 1], const char* from, u32 lane) {
     if constexpr (EARLY && T::size > 0) {
 #pragma unroll
       for (int k = 0; k < S::REGS; ++k) {

@@ -1,6 +1,6 @@
 // Row-wise backward kernels: one pass over the rows that writes dx and adds up the gradients of the vectors (weight,
-// bias, bias of x). A norm says what it wants of a row (STATS scalars that the forward saved, SUMS sums over the row) and
-// how they make dx.
+// bias, bias of x). A norm says what it wants of a row (STATS scalars that the forward saved, SUMS sums over the row)
+// and how they make dx.
 //
 // A persistent grid: block b of P takes rows b, b + P, ... (times GROUPS), always the same ones, so the sums are the
 // same every time. A thread owns the same columns in all its rows and adds their gradients in registers; a block leaves
@@ -221,8 +221,7 @@ JN_DEV void backward_rows(const BackwardPointers<Norm>& p, float offset, u64 row
       }
       const u64 at = row * S::N + in.first_column();
       store_bits(p.dx + at * DX::size + k * S::STEP * DX::size, narrow<DX, V>(ds));
-      if constexpr (DR::size > 0)
-        store_bits(p.dresidual + at * DR::size + k * S::STEP * DR::size, narrow<DR, V>(ds));
+      if constexpr (DR::size > 0) store_bits(p.dresidual + at * DR::size + k * S::STEP * DR::size, narrow<DR, V>(ds));
     }
   }
 
@@ -238,8 +237,9 @@ JN_DEV void backward_rows(const BackwardPointers<Norm>& p, float offset, u64 row
 #pragma unroll
         for (int k = 0; k < S::PER; ++k)
           if (in.has(k))
-            store_bits((char*)(p.partials + (u64(block_x()) * Sums::COUNT + c) * S::N + in.first_column() + k * S::STEP),
-                       narrow<F32, V>(columns[c][k]));
+            store_bits(
+                (char*)(p.partials + (u64(block_x()) * Sums::COUNT + c) * S::N + in.first_column() + k * S::STEP),
+                narrow<F32, V>(columns[c][k]));
     }
   }
 }
