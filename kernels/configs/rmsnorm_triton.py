@@ -130,7 +130,7 @@ def _forward(problem: Problem) -> bool:
 
 
 def _norm(problem: Problem) -> str:
-    """``rmsnorm``, ``layernorm``: the module of the kernels and the first part of their names."""
+    """``rmsnorm``, ``layernorm``: the first part of the names of the kernels."""
     return problem.stage.split("_")[0]
 
 
@@ -277,7 +277,8 @@ def _fwd_launch(
 
 
 def _kernel(problem: Problem, name: str) -> str:
-    return f"{_norm(problem)}:{_norm(problem)}_{name}"
+    module = "layernorm_bwd" if _layer(problem) and name.startswith("bwd") else _norm(problem)
+    return f"{module}:{_norm(problem)}_{name}"
 
 
 def _stats(problem: Problem) -> tuple[str, ...]:
