@@ -12,11 +12,12 @@ import numpy as np
 from .._compile.code_object import CodeObject
 from ..errors import value_error
 from ..kernels.configs import Launch, Problem
-from . import elf
-from .families import KERNELS, Case, Kernel, Output, Retry
+from . import elf, families, families_groups, families_heads
+from .families import Case, Kernel, Output, Retry
 from .instances import Instance
 from .oracle import dtype
 
+KERNELS = families.KERNELS | families_heads.KERNELS | families_groups.KERNELS
 FORMAT = "kernel-case/1"
 FOLDER = "cases"
 MOST_ROWS, PROGRAMS = 7, 2
@@ -60,12 +61,19 @@ def case(instance: Instance, rows: int = 0) -> Case:
     if kernel is None:
         name = instance.launch.kernel
         raise value_error("aot", "--bundle", f"kernel {name}", "one that jaxnorm/_aot/families.py has an entry for")
-    constants = dict(instance.launch.constants)
-    rows = rows or min(MOST_ROWS, max(3, kernel.block_rows(constants) + 1))
-    problem = instance.stage.problem(rows)
-    launch, scalars = resized(instance, kernel, problem)
+    if kernel.as_planned:
+        problem, launch = instance.problem, instance.launch
+        scalars = {name: value for name, _, value in launch.scalars}
+    else:
+        constants = dict(instance.launch.constants)
+        problem = instance.stage.problem(rows or min(MOST_ROWS, max(3, kernel.block_rows(constants) + 1)))
+        launch, scalars = resized(instance, kernel, problem)
+    plan = instance.stage.plan(instance.rows)
+    scratch = {name: (shape, kind) for step in plan for name, shape, kind in step.temps}
     for seed in range(20):
-        made = Case(problem, launch, np.random.default_rng([20260, problem.features, seed]), scalars=scalars)
+        made = Case(
+            problem, launch, np.random.default_rng([20260, problem.features, seed]), scalars=scalars, scratch=scratch
+        )
         try:
             kernel.fill(made)
             return made
@@ -175,6 +183,9 @@ def _scalar(name: str, kind: str, value: int | float) -> dict[str, Any]:
 def _output(made: Case, name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     if not made.writes(name):
         return {"name": name, "kind": "null"}
+    if name not in made.outputs and name in made.temps:
+        shape, kind = made.temps[name]
+        return {"name": name, "kind": "scratch", "dtype": kind, "shape": list(shape)}
     if name not in made.outputs:
         raise AssertionError(f"{made.launch.kernel}: families.py says nothing about the output {name}")
     out: Output = made.outputs[name]

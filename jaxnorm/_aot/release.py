@@ -8,7 +8,7 @@ from .spec import Call, operators, parse
 
 BF16, F16, F32 = "bfloat16", "float16", "float32"
 ROWS = [3, 8192]
-"""A plan for few rows and one for many."""
+"""A plan for few rows and one for many; a case of either has few. Of the other families (:data:`SMALL`) cases are as planned."""
 SPECS: tuple[dict[str, Any], ...] = (
     {"dtype": "int8"},
     {"dtype": "float8_e4m3fn"},
@@ -61,12 +61,71 @@ def _quantised() -> list[dict[str, Any]]:
     return found
 
 
-FAMILIES = (_norms, _quantised)
+def _heads() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for i, (x, style, rotary) in enumerate(
+        ((BF16, "neox", 64), (F16, "gptj", 32), (F32, "neox", 32), (BF16, "gptj", 64))
+    ):
+        heads = lambda n: f"{x}[..., {n}, 64]"  # noqa: B023, E731
+        where = {"positions": f"{('int32', 'int64')[i % 2]}[...]", "cos_sin": f"{(F32, BF16)[i % 2]}[32, {rotary}]"}
+        found.append(
+            {"op": "rope", "args": {"x": [heads(4), heads(1)]} | where, "options": {"style": style}, "grad": i < 2}
+        )
+        weights = {"q_weight": f"{BF16}[64]", "k_weight": f"{F32}[64]"}
+        found.append({"op": "qk_norm_rope", "args": {"q": heads(4), "k": heads(1)} | weights | where,
+                      "options": {"style": style, "weight_offset": i % 2}, "grad": True})  # fmt: skip
+    mrope = {"x": f"{BF16}[..., 3, 64]", "positions": "int32[3, ...]", "cos_sin": f"{F32}[32, 64]"}
+    found += [
+        {"op": "mrope", "args": mrope, "options": {"sections": [8, 12, 12], "interleaved": b}} for b in (True, False)
+    ]
+    stream = lambda k, t, h: {f"{k}{t}": f"{BF16}[..., {5 - 2 * t}, {h}, 128]"}  # noqa: E731
+    two = stream("q", 0, 4) | stream("k", 0, 2) | stream("q", 1, 4) | stream("k", 1, 2)
+    two |= {f"{k}_weight{t}": f"{BF16}[128]" for k in "qk" for t in (0, 1)} | {
+        f"cos_sin{t}": f"{F32}[{5 - 2 * t}, 128]" for t in (0, 1)
+    }
+    return [*found, {"op": "qk_norm_rope_two_stream", "args": two, "grad": True}]
+
+
+def _groups() -> list[dict[str, Any]]:
+    found = []
+    for i, (shape, axis, groups) in enumerate(
+        (("8, 8, 64", -1, 8), ("96, 7, 5", 1, 4), ("40, 40, 320", -1, 32), ("64, 64, 64", 1, 2))
+    ):
+        x, channels = (BF16, F32, BF16, F16)[i], (64, 96, 320, 64)[i]
+        args = {"x": f"{x}[..., {shape}]", "weight": f"{BF16}[{channels}]", "bias": f"{F32}[{channels}]"}
+        options = {"num_groups": groups, "channel_axis": axis, "activation": "silu" if i % 2 == 0 else None}
+        found.append({"op": "groupnorm", "args": args, "options": options, "grad": True})
+    return found
+
+
+def _layernorms() -> list[dict[str, Any]]:
+    found = []
+    for n, x, w, options in (
+        (768, BF16, BF16, {}),
+        (4096, F16, F32, {"weight_offset": 1.0}),
+        (769, F32, F32, {}),
+        (40960, BF16, BF16, {}),
+    ):
+        args = {"x": f"{x}[..., {n}]", "weight": f"{w}[{n}]", "bias": f"{w}[{n}]"}
+        found.append({"op": "layernorm", "args": args, "options": options, "grad": n <= 4096})
+        added = args | {"residual": f"{F32 if n == 4096 else x}[..., {n}]", "x_bias": f"{x}[{n}]"}
+        found.append({"op": "add_layernorm", "args": added, "options": options, "grad": n == 769})
+    for i, spec in enumerate(SPECS):
+        args = {"x": f"{(BF16, F16, F32)[i % 3]}[..., 1024]", "weight": f"{BF16}[1024]", "bias": f"{BF16}[1024]"}
+        name = ("layernorm_quant", "add_layernorm_quant")[i % 2]
+        found.append({"op": name, "args": args | ({"residual": args["x"]} if i % 2 else {}), "options": {"spec": spec}})
+    return found
+
+
+FAMILIES = (_norms, _quantised, _layernorms)
+SMALL = ((_heads, 3), (_groups, 1))
+"""With the numbers of tokens or images."""
 """Each gives the entries of its ops; an op that is not registered is left out."""
 
 
 def calls() -> list[Call]:
     """All of them, on both kernel backends."""
     known = operators()
-    entries = [e for family in FAMILIES for e in family() if e["op"] in known]
-    return parse([e | {"backend": backend, "rows": ROWS} for e in entries for backend in ("hip", "triton")])
+    entries = [e | {"rows": ROWS} for family in FAMILIES for e in family()]
+    entries += [e | {"rows": [rows]} for family, rows in SMALL for e in family()]
+    return parse([e | {"backend": backend} for e in entries if e["op"] in known for backend in ("hip", "triton")])
