@@ -72,11 +72,7 @@ class Call:
 
         if not self.grad:
             return [(call, (arrays,))]
-        real = {
-            k: a
-            for k, a in arrays.items()
-            if isinstance(a, jax.ShapeDtypeStruct) and jnp.issubdtype(a.dtype, jnp.floating)
-        }
+        real = {k: a for k, a in arrays.items() if isinstance(a, jax.ShapeDtypeStruct | tuple) and _floating(a)}
         rest = {k: a for k, a in arrays.items() if k not in real}
 
         def pull(first_only: bool) -> Callable[..., Any]:
@@ -159,6 +155,10 @@ def _argument(op: str, name: str, value: Any) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(match[1]))
     except TypeError:
         raise value_error("aot", f"{op}.args.{name}", match[1], "a dtype") from None
+
+
+def _floating(a: Any) -> bool:
+    return all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(a))
 
 
 def _cache(arguments: dict[str, Any]) -> Any:
