@@ -1,4 +1,4 @@
-"""The example scripts on small sizes: they run, and what they claim holds. Those of Gemma, MiniLM and matrix products: elsewhere."""
+"""The example scripts on small sizes: they run, and what they claim holds. Gemma, MiniLM, quantized_matmul: elsewhere."""
 
 from __future__ import annotations
 
