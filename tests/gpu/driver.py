@@ -14,7 +14,7 @@ import numpy as np
 from jaxnorm.kernels.configs import Problem
 
 from jaxnorm import _launch, _stage
-from jaxnorm._api import groupnorm, quant, rmsnorm  # noqa: F401  they register the stages
+from jaxnorm._api import groupnorm, layernorm_quant, quant, rmsnorm  # noqa: F401  they register the stages
 
 GUARD = 4096
 """Bytes before the first buffer and at least as many after each."""

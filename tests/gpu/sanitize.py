@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = (
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 import cases  # noqa: E402
+import cases_layernorm  # noqa: E402
 from oracle_quant import Case  # noqa: E402
 from workloads import check  # noqa: E402
 
@@ -52,11 +53,25 @@ def quant_cases():
     yield Case("quantize", QuantSpec("int8"), 5125, (3,), static=0.01)
 
 
+def layernorm_cases():
+    """Every vector, rows that end inside a chunk, rows of a wave and of several, rows read again."""
+    yield cases_layernorm.Case(769, (5,), residual=None, x_bias="float32")
+    yield cases_layernorm.Case(384, (33,), options={"pad_to_multiple": 256})
+    yield cases_layernorm.Case(128, (1001,), "float32", mean=1e4, std=1.0)
+    yield cases_layernorm.Case(4096, (33,), residual="float32", x_bias="bfloat16")
+    yield cases_layernorm.Case(31744, (3,), weight="", x_bias="float32")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("triton", "hip"), required=True)
     parser.add_argument("--full", action="store_true", help="more shapes; minutes under a tool")
     arguments = parser.parse_args()
+    for case in layernorm_cases():
+        case.check(arguments.backend)
+    for quantised in list(cases_layernorm.quant_cases())[1::5]:
+        data = quantised.arrays()
+        quantised.check(data, quantised.run(data, arguments.backend))
     for work in workloads(arguments.full):
         check(work, arguments.backend)
         print("ok", work.id, flush=True)
