@@ -109,6 +109,9 @@ def test_a_run_on_the_cpu(call, tmp_path, monkeypatch):
     assert code == 0
     assert "roof: a copy of the same bytes" in plot.read_text() or plot.stat().st_size > 5000
     assert str(plot) in said.replace("\n", "")
+    _, said, _ = call("bench", "--from", out, "--ops", "rmsnorm_quant")
+    assert "rmsnorm_quant" in said and "rmsnorm " not in said
+    assert "expected some of rmsnorm, rmsnorm_quant" in call("bench", "--from", out, "--ops", "rope")[2]
 
 
 def need_matplotlib() -> None:

@@ -22,7 +22,12 @@ WALL_NOTE = "Wall clock of a queue of calls: short calls show the cost of a laun
 
 @app.command()
 def bench(
-    ops: Annotated[str, typer.Option(help="Comma list, or `all`; --list shows them.")] = "rmsnorm,add_rmsnorm",
+    ops: Annotated[
+        str,
+        typer.Option(
+            help="Comma list, or `all`; --list shows them. Default: rmsnorm,add_rmsnorm; with --from all there are."
+        ),
+    ] = "",
     shapes: Annotated[
         str, typer.Option(help="Comma list such as 8192x4096,16x4096; default: usual ones of each op.")
     ] = "",
@@ -56,7 +61,7 @@ def bench(
         _require_matplotlib()
         require_writable(plot.parent, "--plot")
     if replot is not None:
-        finish(_read(replot), plot)
+        finish(_only(_read(replot), ops), plot)
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from .._bench import ops as known
@@ -67,7 +72,7 @@ def bench(
     import jax
 
     on_cpu = jax.default_backend() == "cpu"
-    chosen = list(known.OPS) if ops == "all" else names("--ops", ops, known.OPS)
+    chosen = list(known.OPS) if ops == "all" else names("--ops", ops or "rmsnorm,add_rmsnorm", known.OPS)
     formats = names("--specs", specs, known.SPECS)
     try:
         cases = known.select(
@@ -144,6 +149,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != measure.FORMAT:
         wrong("--from" if path.exists() else "file", str(path), f"results of jaxnorm bench ({measure.FORMAT})")
     return data
+
+
+def _only(results: dict[str, Any], ops: str) -> dict[str, Any]:
+    """The cases of these ops; all where none is named."""
+    if ops in ("", "all"):
+        return results
+    chosen = names("--ops", ops, sorted({r["op"] for r in results["cases"].values()}))
+    return {**results, "cases": {k: r for k, r in results["cases"].items() if r["op"] in chosen}}
 
 
 def _results(out: Path | None, fresh: bool) -> tuple[dict[str, Any], Path | None]:
