@@ -11,6 +11,7 @@ import numpy as np
 import oracle_cache as oracle
 
 LAYOUTS = ("shuffled", "paged", "slots")
+BUFFERS = ("k_cache", "v_cache", "k_scale", "v_scale")
 FN, FNUZ = "float8_e4m3fn", "float8_e4m3fnuz"
 
 
@@ -157,6 +158,61 @@ class Case:
                 found[f"cache.{n}"] = np.asarray(getattr(cache, n))
         return found
 
+    # ---- the kernels' view
+
+    def problem(self, arrays: dict[str, np.ndarray], target: str = "sm_90") -> Any:
+        from jaxnorm.kernels.configs import Problem
+
+        t, d = self.tokens, self.features
+        operands = self.operands(arrays)
+        buffers = [(n, a.shape, a.dtype.name) for n, a in operands.items()]
+        buffers += [("q_out", (t, self.q_heads, d), self.x_dtype)] if self.q_heads else []
+        buffers += [(f"{n}_out", (t, self.kv_heads, d), self.x_dtype) for n in "kv"] if self.return_kv else []
+        buffers += [(f"{n}_out", s, k) for n, s, k in buffers if n in BUFFERS and len(s)]
+        options = self.norm | {"sections": self.sections, "interleaved": self.interleaved, "geometry": self.shape()}
+        return Problem(
+            "qk_norm_rope_cache_fwd", t, d, tuple((n, tuple(s)) for n, s, _ in buffers), tuple((n, k) for n, _, k in buffers),
+            tuple(options.items()), target,
+        )  # fmt: skip
+
+    def shape(self) -> Any:
+        from jaxnorm._cache import Geometry
+
+        return Geometry(self.layout, self.quant, self.dtype, self.pages, self.page, self.kv_heads, self.features)
+
+    def operands(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        qkv = self.qkv(arrays)
+        found = {"qkv": qkv} if self.packed else dict(zip("qkv", qkv, strict=True))
+        if not self.q_heads:
+            del found["q"]
+        found |= {n: arrays[n] for n in ("q_weight", "k_weight") if n in arrays}
+        positions = arrays["positions"]
+        found |= {"positions": np.ascontiguousarray(positions.T) if self.sections else positions}
+        found |= {n: arrays[n] for n in ("cos_sin", "slots")}
+        return found | self.buffers(arrays)
+
+    def buffers(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = dict(zip(BUFFERS, ("k", "v", "k_scale", "v_scale"), strict=True))
+        return {b: np.asarray(arrays[f"cache.{n}"]) for b, n in names.items() if f"cache.{n}" in arrays}
+
+    def gather_problem(self, arrays: dict[str, np.ndarray], slots: np.ndarray, target: str = "sm_90") -> Any:
+        from jaxnorm.kernels.configs import Problem
+
+        buffers = [(n, a.shape, a.dtype.name) for n, a in ({"slots": slots} | self.buffers(arrays)).items()]
+        buffers += [(f"{n}_out", (len(slots), self.kv_heads, self.features), "float32" if self.quant else self.dtype) for n in "kv"]
+        return Problem(
+            "kv_cache_gather", len(slots), self.features, tuple((n, tuple(s)) for n, s, _ in buffers),
+            tuple((n, k) for n, _, k in buffers), (("geometry", self.shape()),), target,
+        )  # fmt: skip
+
+    def renamed(self, results: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Results of a plan under the names of :meth:`check`."""
+        out = {n: results[f"{n}_out"] for n in ("q", "k", "v") if f"{n}_out" in results}
+        for b, n in zip(BUFFERS, ("k", "v", "k_scale", "v_scale"), strict=True):
+            if f"cache.{n}" in arrays:
+                out[f"cache.{n}"] = results.get(f"{b}_out", arrays[f"cache.{n}"])
+        return out
+
     # ---- the comparison
 
     def check(
@@ -165,7 +221,8 @@ class Case:
         """q and k against float64; v as it came; what the cache holds against the k that was returned; all else untouched."""
         cos, sin = oracle.angles(arrays["cos_sin"], arrays["positions"], self.sections, self.interleaved)
         what = f"{what} {self}"
-        oracle.assert_heads(got["q"], arrays["q"], arrays.get("q_weight"), cos, sin, f"{what} q", **self.norm)
+        if self.q_heads:
+            oracle.assert_heads(got["q"], arrays["q"], arrays.get("q_weight"), cos, sin, f"{what} q", **self.norm)
         k = got.get("k")
         if k is not None:
             oracle.assert_heads(k, arrays["k"], arrays.get("k_weight"), cos, sin, f"{what} k", **self.norm)

@@ -137,20 +137,25 @@ class Kernels:
     ) -> dict[str, np.ndarray]:
         """The results of a plan by name. ``operands`` must hold every operand that the problem has."""
         buffers = {n: Guarded(v.shape, problem.dtype(n), v) for n, v in operands.items()}
+        shared = {a for launch in plan for a, _ in launch.aliases}
         for launch in plan:
             self._launch(problem, launch, buffers, order)
         for name, buffer in buffers.items():
             buffer.check(name)
-            if name in operands:
-                assert (buffer.array.view(np.uint8) == operands[name].view(np.uint8)).all(), (
+            if name in operands and name not in shared:
+                same = np.atleast_1d(buffer.array).view(np.uint8) == np.atleast_1d(operands[name]).view(np.uint8)
+                assert same.all(), (
                     f"{name}: an operand was written"
                 )
         return {n: b.array for n, b in buffers.items() if n not in operands}
 
     def _launch(self, problem: Problem, launch: Launch, buffers: dict[str, Guarded], order: str) -> None:
         temps = {name: (shape, kind) for name, shape, kind in launch.temps}
+        aliases = {b: a for a, b in launch.aliases}
         for name in launch.outputs:
-            if name in temps or problem.has(name):
+            if name in aliases and problem.has(name):
+                buffers[name] = buffers[aliases[name]]
+            elif name in temps or problem.has(name):
                 buffers[name] = Guarded(*(temps[name] if name in temps else (problem.shape(name), problem.dtype(name))))
         address = lambda n: ctypes.c_void_p(buffers[n].address if n in buffers else None)  # noqa: E731
         kinds = {"i32": ctypes.c_uint32, "i64": ctypes.c_uint64, "fp32": ctypes.c_float}

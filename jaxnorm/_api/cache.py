@@ -84,7 +84,7 @@ def _gather_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arra
     return {f"{n}_out": x.reshape(*lead, *x.shape[1:]) for n, x in zip("kv", found, strict=True)}
 
 
-_PLANS: dict[str, str] = {}
+_PLANS = {"triton": "qk_cache_triton", "hip": "qk_cache_hip"}
 WRITE = register_stage(StageDef("qk_norm_rope_cache_fwd", OP, _write_reference, _PLANS))
 READ = register_stage(StageDef("kv_cache_gather", GATHER, _gather_reference, _PLANS))
 

@@ -76,6 +76,8 @@ def lane_elements(problem: Problem, part: Part) -> int:
 
 def period(problem: Problem) -> int:
     """Positions that serve all sequences, or 0 where each token has its own."""
+    if not problem.has("x0"):  # tokens of a cache
+        return 0
     positions, x = problem.shape("positions"), problem.shape("x0")
     return positions[0] if len(x) == 4 and len(positions) == (2 if problem.option("sections") else 1) else 0
 

@@ -178,10 +178,11 @@ template <class S, class X> JN_DEV void keep_rest(HeadBits<S, X>& out, const Hea
   }
 }
 
-// One block's heads of x [tokens, HEADS, D]: [norm,] rotation, sink. All loads of a group are asked for before the
-// first is used.
+// One block's heads of x [tokens, HEADS, D], or of rows of `stride` bytes that hold more: [norm,] rotation, sink. All
+// loads of a group are asked for before the first is used.
 template <class S, class Deal, class X, bool INVERSE, class Norm, class Source, class Sink>
-JN_DEV void forward_heads(const char* x, u32 tokens, u32 block, Norm norm, const Source& source, const Sink& sink) {
+JN_DEV void forward_heads(const char* x, u32 tokens, u32 block, Norm norm, const Source& source, const Sink& sink,
+                          u64 stride = u64(Deal::HEADS) * (S::D * X::size)) {
   const u32 thread = thread_id(), lane = thread % S::LANES;
   const u32 unit = block * Deal::GROUPS + thread / S::LANES, token = Deal::token(unit);
   const bool active = unit < Deal::units(tokens);
@@ -189,7 +190,7 @@ JN_DEV void forward_heads(const char* x, u32 tokens, u32 block, Norm norm, const
   HeadBits<S, X> bits[Deal::UNROLL];
 #pragma unroll
   for (int u = 0; u < Deal::UNROLL; ++u) {
-    const char* head = x + (u64(token) * Deal::HEADS + Deal::head(unit, u)) * (S::D * X::size);
+    const char* head = x + token * stride + Deal::head(unit, u) * (S::D * X::size);
     bits[u] = load_head<S, X>(head, lane, active && Deal::has(unit, u));
   }
   norm.issue(lane);

@@ -1,0 +1,156 @@
+"""Launches of the KV cache through ``csrc/kernels/qk_cache.hip``: the write with its norm and rotation, and the gather.
+
+Blocks of q, of k and of v stand beside each other in one launch. The sum of a head has one order, by D, dtype and target, and where a
+token is written changes no bit of it, so a plan may look at the number of tokens. The choices follow from registers, bytes on their
+way and lanes; those for AMD targets were compiled and inspected, not run on AMD silicon.
+"""
+
+from __future__ import annotations
+
+from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, wave_size
+from ._cache import READ, WRITE, Cache, aliases, cache, packed, parts
+from ._heads import Part, gptj, lanes, vector
+from ._heads_hip import Deal, blocks, check, forward, forward_candidates, position_constants, unrolled
+from ._hip import TYPES, Constants, _ceil, _grid, _nvidia, _type
+from .quant_hip import CODES
+
+SOURCE = "qk_cache.hip"
+STORED = {None: "kCast", "per_token": "kToken", "per_tensor": "kTensor"}
+SLOTS = {"int32": "I32", "int64": "I64"}
+GATHER_THREADS = 128
+
+
+def plan(problem: Problem) -> tuple[Launch, ...]:
+    """The launch that computes ``problem``.
+
+    Raises:
+      Unsupported: another stage, no tokens, or more than the kernels count.
+    """
+    if problem.stage == READ:
+        return (_gather(problem),)
+    found = _parts(problem)
+    deal = forward(problem, [p for p in found if p.heads])
+    return (_write(problem, found, deal, _tile(problem, found, deal)),)
+
+
+def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
+    """Other tunings of the same computation, the plan first; all give the same bits."""
+    if problem.stage == READ:
+        return [plan(problem)]
+    found = _parts(problem)
+    more = []
+    for deal in forward_candidates(problem):
+        if deal.threads % wave_size(problem.target) == 0:
+            tiles = {0, _tile(problem, found, deal), *(t for t in (16, 32, 64) if _fits(problem, found, deal, t))}
+            more += [(_write(problem, found, deal, tile),) for tile in sorted(tiles)]
+    return list(dict.fromkeys([plan(problem), *more]))
+
+
+def _parts(problem: Problem) -> list[Part]:
+    if problem.stage != WRITE:
+        raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
+    found = parts(problem)
+    check(problem, found)
+    return found
+
+
+def _groups(problem: Problem, value: Part, deal: Deal) -> int:
+    return deal.threads // lanes(problem, value)
+
+
+def _fits(problem: Problem, found: list[Part], deal: Deal, tile: int) -> bool:
+    """ValueTile: whole rounds of the block, whole groups of X tokens, at most 64 elements of v on their way a thread."""
+    c, value = cache(problem), found[2]
+    if not c.shuffled or tile % c.x or tile % _groups(problem, value, deal):
+        return False
+    held = tile * problem.features // deal.threads
+    return held <= 64 and _tile_bytes(problem, c, tile) <= 48 << 10
+
+
+def _tile(problem: Problem, found: list[Part], deal: Deal) -> int:
+    """Tokens of v that a block turns over, 0: none. With few tokens a tile leaves compute units idle, and slots follow one another
+    in a prompt rather than in a step of a decode."""
+    if found[2].tokens * cache(problem).heads < 16 * compute_units(problem.target):
+        return 0
+    return next((t for t in (32, 16, 64) if _fits(problem, found, deal, t)), 0)
+
+
+def _tile_bytes(problem: Problem, c: Cache, tile: int) -> int:
+    """ValueTile::bytes"""
+    return tile * (problem.features * c.itemsize + 16) + tile * 4 if tile else 0
+
+
+def _cache_constants(problem: Problem, c: Cache) -> Constants:
+    return (
+        ("JN_D", problem.features),
+        ("JN_HEADS1", c.heads),
+        ("JN_CODE", CODES[c.dtype] if c.quant else TYPES[c.dtype]),
+        ("JN_PAGE", c.page),
+        ("JN_SHUFFLED", c.shuffled),
+        ("JN_STORED", STORED[c.quant]),
+        ("JN_SLOT", SLOTS[problem.dtype("slots")]),
+    )
+
+
+def _write(problem: Problem, found: list[Part], deal: Deal, tile: int) -> Launch:
+    c, offset = cache(problem), float(problem.option("weight_offset"))  # type: ignore[arg-type]
+    if deal.threads % wave_size(problem.target):
+        raise Unsupported(f"{deal.threads} threads are no whole waves.")
+    constants: list[tuple[str, object]] = [*_cache_constants(problem, c)]
+    constants += [
+        ("JN_HEADS0", found[0].heads),
+        ("JN_R", found[0].rotary),
+        ("JN_GPTJ", gptj(problem)),
+        ("JN_THREADS", deal.threads),
+        ("JN_MIN_BLOCKS", deal.min_blocks if _nvidia(problem) else 1),
+        ("JN_TILE", tile),
+        ("JN_PACKED", packed(problem)),
+        ("JN_HAS_KV", problem.has("k_out")),
+        ("JN_TABLE", _type(problem, "cos_sin")),
+        ("JN_W0", _type(problem, "q_weight")),
+        ("JN_W1", _type(problem, "k_weight")),
+        ("JN_EPS", float(problem.option("eps"))),  # type: ignore[arg-type]
+        ("JN_OFFSET", offset),
+        ("JN_HAS_OFFSET", offset != 0),
+    ]
+    for i, part in enumerate(found):
+        constants += [
+            (f"JN_X{i}", TYPES[part.dtype]),
+            (f"JN_V{i}", vector(problem, part)),
+            (f"JN_LANES{i}", lanes(problem, part)),
+            (f"JN_UNROLL{i}", unrolled(problem, part, deal) if part.heads else 1),
+        ]
+    constants += [c for c in position_constants(problem) if c[0] != "JN_PERIOD"]
+    keys = sum(blocks(problem, p, deal) for p in found[:2] if p.heads)
+    values = _ceil(found[2].tokens, tile) * c.heads if tile else blocks(problem, found[2], deal)
+    return Launch(
+        kernel=f"{SOURCE}:qk_norm_rope_cache",
+        inputs=("qkv", "q", "k", "v", "q_weight", "k_weight", "positions", "cos_sin", "slots",
+                "k_cache", "v_cache", "k_scale", "v_scale"),
+        outputs=("q_out", "k_out", "v_out", "k_cache_out", "v_cache_out", "k_scale_out", "v_scale_out"),
+        grid=_grid(keys + values),
+        constants=tuple(constants),
+        scalars=(("tokens", "i32", found[1].tokens), ("rows", "i32", problem.shape("cos_sin")[0]), ("slots", "i64", c.slots)),
+        threads=deal.threads,
+        shared=_tile_bytes(problem, c, tile),
+        aliases=aliases(problem),
+    )  # fmt: skip
+
+
+def _gather(problem: Problem) -> Launch:
+    """Sixteen bytes of a result a thread."""
+    c, d = cache(problem), problem.features
+    size = ITEMSIZE[problem.dtype("k_out")]
+    v = next(v for v in (16 // size, 4, 2, 1) if v <= 16 // size and d % v == 0 and c.x % v == 0)
+    threads = problem.rows * c.heads * (d // v) * 2
+    if problem.rows < 1:
+        raise Unsupported("there are no slots to launch a kernel for.")
+    return Launch(
+        kernel=f"{SOURCE}:kv_cache_gather",
+        inputs=("slots", "k_cache", "v_cache", "k_scale", "v_scale"),
+        outputs=("k_out", "v_out"),
+        grid=_grid(_ceil(threads, GATHER_THREADS)),
+        constants=(*_cache_constants(problem, c), ("JN_V", v), ("JN_THREADS", GATHER_THREADS)),
+        scalars=(("count", "i64", problem.rows), ("slots", "i64", c.slots)),
+        threads=GATHER_THREADS,
+    )
