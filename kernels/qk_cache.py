@@ -8,8 +8,8 @@ Slot s is place ``s % PAGE`` of page ``s // PAGE``; X = elements of 16 bytes. A 
     SHUFFLED     k [pages, HK, D/X, PAGE, X], v [pages, HK, PAGE/X, D, X], scales [pages, HK, PAGE]
     otherwise    k, v [pages * PAGE, HK, D], scales [pages * PAGE, HK]
 
-The cache's buffers are written where they lie: the parameters that hold them as operands are read by nobody. STORED is 0 (as floats),
-1 (a scale for each token and head) or 2 (given scales).
+The cache's buffers are written where they lie: the parameters that hold them as operands are read by nobody. STORED is 0 (as
+floats), 1 (a scale for each token and head) or 2 (given scales).
 """
 
 import triton
@@ -123,6 +123,72 @@ def _slots(slots_ptr, token, tokens, all_slots):
 
 
 @triton.jit
+def _bases(token, head, H: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr, FIRST: tl.constexpr):
+    """(element in rows of ROW whose heads of this kind start with FIRST, element in [tokens, H, D]), ``[TOKENS, HEADS, 1]``."""
+    token = token.to(tl.int64)[:, None, None]
+    head = head[None, :, None]
+    return token * ROW + (FIRST + head) * D, (token * H + head) * D
+
+
+@triton.jit
+def _query(x_ptr, w_ptr, positions_ptr, cos_sin_ptr, out_ptr, pid, tokens, rows,
+           ROW: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, GPTJ: tl.constexpr,
+           HAS_W: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, MROPE: tl.constexpr,
+           S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, INTERLEAVED: tl.constexpr, EPS: tl.constexpr,
+           WEIGHT_OFFSET: tl.constexpr):  # fmt: skip
+    token, head, live = owned(pid, tokens, H, TOKENS, HEADS)
+    cos, sin = angles(
+        positions_ptr, cos_sin_ptr, token, tokens, 1, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED
+    )
+    base, out = _bases(token, head, H, D, ROW, 0)
+    first, second, rest = _normed_turned(
+        x_ptr, w_ptr, base, live, cos, sin, D, R, PAIRS, REST, GPTJ, HAS_W, EPS, WEIGHT_OFFSET
+    )
+    store_pairs(out_ptr, out, first, second, rest, live, D, R, PAIRS, REST, GPTJ)
+
+
+@triton.jit
+def _key(x_ptr, w_ptr, positions_ptr, cos_sin_ptr, slots_ptr, fixed_ptr, out_ptr, cache_ptr, scale_ptr,
+         pid, tokens, rows, all_slots,
+         ROW: tl.constexpr, FIRST: tl.constexpr, HAS_OUT: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+         D: tl.constexpr, GPTJ: tl.constexpr, HAS_W: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+         MROPE: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, INTERLEAVED: tl.constexpr, EPS: tl.constexpr,
+         WEIGHT_OFFSET: tl.constexpr, PAGE: tl.constexpr, X: tl.constexpr, SHUFFLED: tl.constexpr, STORED: tl.constexpr,
+         MAX: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, TOP: tl.constexpr, FNUZ: tl.constexpr,
+         HARD: tl.constexpr, CLIP: tl.constexpr):  # fmt: skip
+    token, head, live = owned(pid, tokens, H, TOKENS, HEADS)
+    slot, inside = _slots(slots_ptr, token, tokens, all_slots)
+    cos, sin = angles(
+        positions_ptr, cos_sin_ptr, token, tokens, 1, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED
+    )
+    base, out = _bases(token, head, H, D, ROW, FIRST)
+    first, second, rest = _normed_turned(
+        x_ptr, w_ptr, base, live, cos, sin, D, R, PAIRS, REST, GPTJ, HAS_W, EPS, WEIGHT_OFFSET
+    )
+    if HAS_OUT:
+        store_pairs(out_ptr, out, first, second, rest, live, D, R, PAIRS, REST, GPTJ)
+    _keep(first, second, rest, slot, head[None, :, None], live & inside, cache_ptr, scale_ptr, fixed_ptr,
+          H, D, R, PAIRS, REST, GPTJ, PAGE, X, SHUFFLED, False, STORED, MAX, MANTISSA, BIAS, TOP, FNUZ, HARD, CLIP)  # fmt: skip
+
+
+@triton.jit
+def _value(x_ptr, slots_ptr, fixed_ptr, out_ptr, cache_ptr, scale_ptr, pid, tokens, all_slots,
+           ROW: tl.constexpr, FIRST: tl.constexpr, HAS_OUT: tl.constexpr, H: tl.constexpr, TOKENS: tl.constexpr,
+           HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, PAGE: tl.constexpr, X: tl.constexpr,
+           SHUFFLED: tl.constexpr, STORED: tl.constexpr, MAX: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr,
+           TOP: tl.constexpr, FNUZ: tl.constexpr, HARD: tl.constexpr, CLIP: tl.constexpr):  # fmt: skip
+    token, head, live = owned(pid, tokens, H, TOKENS, HEADS)
+    slot, inside = _slots(slots_ptr, token, tokens, all_slots)
+    base, out = _bases(token, head, H, D, ROW, FIRST)
+    first, second, rest = load_pairs(x_ptr, base, live, D, D, PAIRS, 0, False)
+    if HAS_OUT:
+        store_pairs(out_ptr, out, first, second, rest, live, D, D, PAIRS, 0, False)
+    first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+    _keep(first, second, rest, slot, head[None, :, None], live & inside, cache_ptr, scale_ptr, fixed_ptr,
+          H, D, D, PAIRS, 0, False, PAGE, X, SHUFFLED, True, STORED, MAX, MANTISSA, BIAS, TOP, FNUZ, HARD, CLIP)  # fmt: skip
+
+
+@triton.jit
 def qk_norm_rope_cache(
     qkv_ptr,  # [tokens, ROW] if packed
     q_ptr,  # [tokens, HQ, D]
@@ -163,45 +229,25 @@ def qk_norm_rope_cache(
     """A program owns a tile of tokens by heads of q, of k or of v, in this order."""
     pid = program_index()
     if pid < blocks_q:
-        token, head, live = owned(pid, tokens, HQ, TOKENS_Q, HEADS_Q)
-        cos, sin = angles(positions_ptr, cos_sin_ptr, token, tokens, 1, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED)
-        x_ptr = qkv_ptr if PACKED else q_ptr
-        out = (token.to(tl.int64)[:, None, None] * HQ + head[None, :, None]) * D
-        base = out
-        if PACKED:
-            base = token.to(tl.int64)[:, None, None] * ROW + head[None, :, None] * D
-        first, second, rest = _normed_turned(x_ptr, q_weight_ptr, base, live, cos, sin, D, R, PAIRS, REST, GPTJ, HAS_WQ, EPS,
-                                             WEIGHT_OFFSET)  # fmt: skip
-        store_pairs(q_out_ptr, out, first, second, rest, live, D, R, PAIRS, REST, GPTJ)
+        _query(
+            qkv_ptr if PACKED else q_ptr, q_weight_ptr, positions_ptr, cos_sin_ptr, q_out_ptr, pid, tokens, rows,
+            ROW if PACKED else HQ * D, HQ, TOKENS_Q, HEADS_Q, D, GPTJ, HAS_WQ, R, PAIRS, REST, MROPE, S0, S1, S2, INTERLEAVED, EPS,
+            WEIGHT_OFFSET,
+        )  # fmt: skip
     elif pid < blocks_q + blocks_k:
-        token, head, live = owned(pid - blocks_q, tokens, HK, TOKENS_K, HEADS_K)
-        slot, inside = _slots(slots_ptr, token, tokens, all_slots)
-        cos, sin = angles(positions_ptr, cos_sin_ptr, token, tokens, 1, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED)
-        x_ptr = qkv_ptr if PACKED else k_ptr
-        out = (token.to(tl.int64)[:, None, None] * HK + head[None, :, None]) * D
-        base = out
-        if PACKED:
-            base = token.to(tl.int64)[:, None, None] * ROW + (HQ + head[None, :, None]) * D
-        first, second, rest = _normed_turned(x_ptr, k_weight_ptr, base, live, cos, sin, D, R, PAIRS, REST, GPTJ, HAS_WK, EPS,
-                                             WEIGHT_OFFSET)  # fmt: skip
-        if HAS_KV:
-            store_pairs(k_out_ptr, out, first, second, rest, live, D, R, PAIRS, REST, GPTJ)
-        _keep(first, second, rest, slot, head[None, :, None], live & inside, k_cache_out_ptr, k_scale_out_ptr, k_scale_ptr,
-              HK, D, R, PAIRS, REST, GPTJ, PAGE, X, SHUFFLED, False, STORED, MAX, MANTISSA, BIAS, TOP, FNUZ, HARD, CLIP)  # fmt: skip
+        _key(
+            qkv_ptr if PACKED else k_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, slots_ptr, k_scale_ptr, k_out_ptr,
+            k_cache_out_ptr, k_scale_out_ptr, pid - blocks_q, tokens, rows, all_slots,
+            ROW if PACKED else HK * D, HQ if PACKED else 0, HAS_KV, HK, TOKENS_K, HEADS_K, D, GPTJ, HAS_WK, R, PAIRS, REST,
+            MROPE, S0, S1, S2, INTERLEAVED, EPS, WEIGHT_OFFSET, PAGE, X, SHUFFLED, STORED, MAX, MANTISSA, BIAS, TOP, FNUZ, HARD,
+            CLIP,
+        )  # fmt: skip
     else:
-        token, head, live = owned(pid - blocks_q - blocks_k, tokens, HK, TOKENS_K, HEADS_K)
-        slot, inside = _slots(slots_ptr, token, tokens, all_slots)
-        x_ptr = qkv_ptr if PACKED else v_ptr
-        out = (token.to(tl.int64)[:, None, None] * HK + head[None, :, None]) * D
-        base = out
-        if PACKED:
-            base = token.to(tl.int64)[:, None, None] * ROW + (HQ + HK + head[None, :, None]) * D
-        first, second, rest = load_pairs(x_ptr, base, live, D, D, PAIRS_V, 0, False)
-        if HAS_KV:
-            store_pairs(v_out_ptr, out, first, second, rest, live, D, D, PAIRS_V, 0, False)
-        first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
-        _keep(first, second, rest, slot, head[None, :, None], live & inside, v_cache_out_ptr, v_scale_out_ptr, v_scale_ptr,
-              HK, D, D, PAIRS_V, 0, False, PAGE, X, SHUFFLED, True, STORED, MAX, MANTISSA, BIAS, TOP, FNUZ, HARD, CLIP)  # fmt: skip
+        _value(
+            qkv_ptr if PACKED else v_ptr, slots_ptr, v_scale_ptr, v_out_ptr, v_cache_out_ptr, v_scale_out_ptr,
+            pid - blocks_q - blocks_k, tokens, all_slots, ROW if PACKED else HK * D, HQ + HK if PACKED else 0, HAS_KV, HK,
+            TOKENS_K, HEADS_K, D, PAIRS_V, PAGE, X, SHUFFLED, STORED, MAX, MANTISSA, BIAS, TOP, FNUZ, HARD, CLIP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -226,7 +272,8 @@ def _decode(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr, FNUZ: tl.constexpr
 
 
 @triton.jit
-def _gathered(cache_ptr, scale_ptr, out_ptr, row, live, slot, inside, head, HK: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+def _gathered(cache_ptr, scale_ptr, out_ptr, row, live, slot, inside, head,
+              HK: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
               PAGE: tl.constexpr, X: tl.constexpr, SHUFFLED: tl.constexpr, VALUE: tl.constexpr, STORED: tl.constexpr,
               MANTISSA: tl.constexpr, BIAS: tl.constexpr, FNUZ: tl.constexpr):  # fmt: skip
     d = tl.arange(0, PADDED)[None, :]

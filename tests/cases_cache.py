@@ -199,7 +199,10 @@ class Case:
         from jaxnorm.kernels.configs import Problem
 
         buffers = [(n, a.shape, a.dtype.name) for n, a in ({"slots": slots} | self.buffers(arrays)).items()]
-        buffers += [(f"{n}_out", (len(slots), self.kv_heads, self.features), "float32" if self.quant else self.dtype) for n in "kv"]
+        buffers += [
+            (f"{n}_out", (len(slots), self.kv_heads, self.features), "float32" if self.quant else self.dtype)
+            for n in "kv"
+        ]
         return Problem(
             "kv_cache_gather", len(slots), self.features, tuple((n, tuple(s)) for n, s, _ in buffers),
             tuple((n, k) for n, _, k in buffers), (("geometry", self.shape()),), target,

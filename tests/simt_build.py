@@ -144,9 +144,7 @@ class Kernels:
             buffer.check(name)
             if name in operands and name not in shared:
                 same = np.atleast_1d(buffer.array).view(np.uint8) == np.atleast_1d(operands[name]).view(np.uint8)
-                assert same.all(), (
-                    f"{name}: an operand was written"
-                )
+                assert same.all(), f"{name}: an operand was written"
         return {n: b.array for n, b in buffers.items() if n not in operands}
 
     def _launch(self, problem: Problem, launch: Launch, buffers: dict[str, Guarded], order: str) -> None:

@@ -76,10 +76,14 @@ def parts(problem: Problem) -> list[Part]:
         raise Unsupported("there are no tokens to launch a kernel for.")
     found = [
         Part(name, heads, tokens, dtype, turned)
-        for name, heads, dtype, turned in zip("qkv", (q_heads, c.heads, c.heads), dtypes, (rotary, rotary, d), strict=True)
+        for name, heads, dtype, turned in zip(
+            "qkv", (q_heads, c.heads, c.heads), dtypes, (rotary, rotary, d), strict=True
+        )
     ]
     if sum(p.heads for p in found) * tokens > MAX_UNITS:
-        raise Unsupported(f"{tokens} tokens of {sum(p.heads for p in found)} heads; the kernels count up to {MAX_UNITS}.")
+        raise Unsupported(
+            f"{tokens} tokens of {sum(p.heads for p in found)} heads; the kernels count up to {MAX_UNITS}."
+        )
     for name in ("qkv", "q", "k", "v", "q_weight", "k_weight", "cos_sin"):
         if problem.has(name) and problem.dtype(name) not in FLOATS:
             raise Unsupported(f"{name} is {problem.dtype(name)}; the kernels read {', '.join(FLOATS)}.")

@@ -1,8 +1,8 @@
 """Launches of the KV cache through ``csrc/kernels/qk_cache.hip``: the write with its norm and rotation, and the gather.
 
-Blocks of q, of k and of v stand beside each other in one launch. The sum of a head has one order, by D, dtype and target, and where a
-token is written changes no bit of it, so a plan may look at the number of tokens. The choices follow from registers, bytes on their
-way and lanes; those for AMD targets were compiled and inspected, not run on AMD silicon.
+Blocks of q, of k and of v stand beside each other in one launch. The sum of a head has one order, by D, dtype and target, and where
+a token is written changes no bit of it, so a plan may look at the number of tokens. The choices follow from registers, bytes on
+their way and lanes; those for AMD targets were compiled and inspected, not run on AMD silicon.
 """
 
 from __future__ import annotations

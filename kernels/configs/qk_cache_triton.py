@@ -1,8 +1,8 @@
 """Launches of the KV cache through Triton: the write with its norm and rotation, and the gather, one launch each.
 
-A tile is chosen from heads, D, dtypes, options and target, never from the number of tokens. Programs of q, of k and of v stand beside
-each other. Tiles follow from bytes on their way, registers and lanes; those of AMD targets were compiled and inspected, not run on
-AMD silicon.
+A tile is chosen from heads, D, dtypes, options and target, never from the number of tokens. Programs of q, of k and of v stand
+beside each other. Tiles follow from bytes on their way, registers and lanes; those of AMD targets were compiled and inspected, not
+run on AMD silicon.
 """
 
 from __future__ import annotations
