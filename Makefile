@@ -94,6 +94,10 @@ test-gpu: $(PACKAGE) ## the kernels on this machine's GPU (GPU=cuda or GPU=rocm,
 bench: $(PACKAGE) ## measure on this machine's GPU, at most 8 minutes at a time; again to go on (OUT=folder)
 	@$(PY) -m benchmarks.run --out $(OUT) $(ARGS)
 
+.PHONY: tensor-parallel
+tensor-parallel: $(PACKAGE) ## Gemma 3 over 2 devices: token for token the single-device model (ARGS="--devices 4")
+	@$(PY) -m examples.tensor_parallel $(ARGS)
+
 .PHONY: demo
 demo: $(PACKAGE) ## Gemma 3 270M, real weights, generating text with jaxnorm's norms
 	@$(PY) -m examples.gemma $(ARGS)
