@@ -132,18 +132,26 @@ class Case:
         for i, want in enumerate(self.expected(a)):
             want.check(results[i], f"{what} {self} y{i}")
 
+    def turned_back(self, a: Arrays, i: int) -> Turned:
+        """The i-th cotangent through the rotation."""
+        cos, sin = self.angles(a)
+        return turn(f64(a[f"g{i}"]), cos, -sin, self.style, self.dtypes[i])
+
+    def backward(self, a: Arrays, i: int) -> oracle.Backward:
+        """Gradients of the i-th array and its weight."""
+        forward = oracle.rmsnorm(a[f"x{i}"], a.get(f"w{i}"), eps=self.eps, weight_offset=self.offset)
+        g = self.turned_back(a, i).value
+        return oracle.rmsnorm_backward(forward, a.get(f"w{i}"), g, weight_offset=self.offset)
+
     def check_gradients(self, a: Arrays, gradients: dict[str, Any], what: str = "") -> None:
         """``gradients`` of ``sum(y_i * g_i)`` by argument name."""
-        cos, sin = self.angles(a)
-        for i, dtype in enumerate(self.dtypes):
-            g = turn(f64(a[f"g{i}"]), cos, -sin, self.style, dtype)
+        for i in range(len(self.heads)):
             got = np.asarray(gradients[f"x{i}"])
             assert got.dtype == a[f"x{i}"].dtype, f"{what} dx{i}: {got.dtype}"
             if self.weights is None:
-                g.check(got, f"{what} {self} dx{i}")
+                self.turned_back(a, i).check(got, f"{what} {self} dx{i}")
                 continue
-            forward = oracle.rmsnorm(a[f"x{i}"], a.get(f"w{i}"), eps=self.eps, weight_offset=self.offset)
-            want = oracle.rmsnorm_backward(forward, a.get(f"w{i}"), g.value, weight_offset=self.offset)
+            want = self.backward(a, i)
             tolerances.assert_dx(got, want, f"{what} {self} dx{i}")
             if f"w{i}" in a:
                 dw = np.asarray(gradients[f"w{i}"])
