@@ -5,7 +5,7 @@ It shares no code with the library; the component rule of mrope is a loop over p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cases
@@ -385,12 +385,7 @@ class TwoStream:
         return self.check_gradients(a, {n[1:]: v for n, v in out.items() if n[0] == "d"}, what)
 
 
-def with_targets(found: list[Any], targets: tuple[str, ...]) -> list[tuple[Any, str]]:
-    return [(c, t) for c in found for t in targets]
-
-
 # Named shapes of models (heads, D, rotary) with every option somewhere; small numbers of tokens.
-QK = (F32, BF16)
 ROPE_CASES = [
     Case((32, 8), 128, (5,)),
     Case((64, 4), 128, (3,), style="gptj", dtypes=(F16, F16), index="int64"),
@@ -425,5 +420,8 @@ TWO_CASES = [
 ]
 
 
-def positions_inside(case: Case) -> Case:
-    return replace(case, outside=False)
+def quick(found: list[Any], few: tuple[int, ...]) -> list[Any]:
+    """The cases as parameters of a test, those beside ``few`` for the slow run."""
+    import pytest
+
+    return [c if i in few else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(found)]

@@ -31,7 +31,7 @@ def run(case: Case, a):
     return results, dict(zip(names, gradients, strict=True))
 
 
-@pytest.mark.parametrize("case", oracle_rope.ROPE_CASES, ids=str)
+@pytest.mark.parametrize("case", oracle_rope.quick(oracle_rope.ROPE_CASES, (1, 2, 3, 5, 7, 9, 10)), ids=str)
 def test_against_the_oracle(case):
     a = case.arrays()
     results, gradients = run(case, jax.tree.map(jnp.asarray, a))

@@ -59,18 +59,15 @@ SHARDINGS = {
     "sequence": (
         Case((2, 2), 32, (3, 8), shared=True, sections=(4, 6, 6)),
         P(None, "dp", "tp", None), P(None, "dp", "tp", None), P(None, "dp")),
-    "mrope": (
-        Case((4, 2), 32, (2, 8), sections=(4, 6, 6), weights=(BF16, BF16)),
-        P(None, "dp", "tp", None), P(None, "dp", "tp", None), P(None, None, "dp")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SHARDINGS)
+ON_EXPLICIT = ("tokens-and-heads", "batch-shared-positions")
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((n, "Auto") for n in SHARDINGS), *((n, "Explicit") for n in ON_EXPLICIT)])
 def test_no_collective_forward_and_one_backward(name, kind):
     case, q, k, positions = SHARDINGS[name]
-    if kind == "Explicit" and name in ("rope", "sequence"):
-        pytest.skip("the Auto mesh covers it")
     mesh, a = make_mesh(kind), case.arrays()
     specs = {"x0": q, "g0": q, "x1": k, "g1": k, "positions": positions}
     placed = place(a, lambda n, v: specs.get(n, P()), mesh)
