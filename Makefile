@@ -31,7 +31,7 @@ export JAXNORM_HIP_CLANG ?= $(abspath $(VENV))/clang/bin/clang++
 endif
 
 comma := ,
-EXTRAS := bench,demo,minilm,test$(if $(GPU),$(comma)$(GPU))
+EXTRAS := bench,demo,minilm,unet,test$(if $(GPU),$(comma)$(GPU))
 PIP := $(PY) -m pip install -qq
 PYTEST := $(PY) -m pytest -q --timeout=900
 # Two processes: the suite is made for two cores, and each process holds eight CPU devices.
@@ -105,6 +105,10 @@ demo: $(PACKAGE) ## Gemma 3 270M, real weights, generating text with jaxnorm's n
 .PHONY: minilm
 minilm: $(PACKAGE) $(MINILM) ## all-MiniLM-L6-v2, real weights, ranking sentences with jaxnorm's norms
 	@$(PY) -m examples.minilm $(ARGS)
+
+.PHONY: unet
+unet: $(PACKAGE) ## a residual block of Stable Diffusion in Flax, beside flax.linen.GroupNorm
+	@$(PY) -m examples.unet_block $(ARGS)
 
 DOCS := .venv-docs
 $(DOCS)/.docs: pyproject.toml
