@@ -162,7 +162,7 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     chunks, words = problem.features // v, _held_words(problem, v)
     per = _ceil(chunks, c.lanes)
     # A little less where shared memory, which the rest of the row reaches through registers, holds the other part (seen: spills).
-    limit = _row_registers(problem)
+    limit = _row_registers(problem) * 3 // (4 if problem.has("x_bias") else 3)
     regs = min(per, max(1, (limit if per * words <= limit else limit * 3 // 4) // words))
     blocks = 2 if c.lanes <= 512 else 1
     free = max(

@@ -32,6 +32,7 @@ template <int N_, int V_, int LANES_, int GROUPS_, int UNROLL_, int REGS_, int S
 // chunk as loaded. Kept: what a register slot holds until the second use.
 
 template <class X, int V> struct PlainSource {
+  static constexpr bool BIASED = false;
   struct Raw {
     Chunk<X, V> x;
   };
@@ -78,6 +79,7 @@ template <int V, int WHICH> struct Operand<None, V, WHICH> {
 // is a vector over the columns. ROUND: the norm sees the rounded s. residual_out may be the buffer of residual: a
 // thread has read a chunk before it writes it, and chunks that are read again are written at the last reading.
 template <class X, class B, class R, int V, bool ROUND> struct SumSource {
+  static constexpr bool BIASED = B::size > 0;
   using BiasBits = Operand<B, V, 0>;
   using ResidualBits = Operand<R, V, 1>;
   struct Raw : BiasBits, ResidualBits {
@@ -163,6 +165,8 @@ template <class S, class Source> struct Row {
   using Raw = typename Source::Raw;
   // Chunks on their way through registers at a time: 64 bytes
   static constexpr int V = S::V, BATCH = min_of(4, max_of(1, 64 / int(sizeof(Raw))));
+  // ... and behind the register slots, at their last use; a bias of x beside each costs its own registers
+  static constexpr int LATE = Source::BIASED ? 1 : 4;
   using Kept = typename Source::Kept;
   using Stashed = typename Source::template Stashed<S::THREADS>;
   const Source& source;
@@ -232,7 +236,7 @@ template <class S, class Source> struct Row {
       source.kept_values(kept[k], f);
       if (has(k)) use(k, f);
     }
-#pragma unroll 4
+#pragma unroll(LATE)
     for (int k = S::REGS; k < S::REGS + S::SHARED; ++k) {
       if (!has(k)) continue;
       float f[V];
