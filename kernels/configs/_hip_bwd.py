@@ -88,23 +88,31 @@ def _backward(problem: Problem) -> Backward:
         c = _with_pipe(problem, start, v, per, chunks)
         return c if c.depth else _tiled(problem, v)
     c = _with_pipe(problem, start, v, per, chunks, most=4 if per * v <= 16 else 1)
-    if not c.depth:
+    if not c.depth or (_family(problem) == "layernorm" and _registers(lanes, 1) < _needed(problem, per * v)):
         return _tiled(problem, v)
     # *H200*: about 48 KB on their way to a unit; 8192x8192 1.061 one row ahead, 1.10 two, 1.13 four; 8192x4096 best with four
     row = problem.features * sum(_itemsize(problem, n) for n in ROW_INPUTS)
     return replace(c, depth=max(1, min(c.depth, (48 << 10) // (row * c.blocks))))
 
 
+def _sum_words(problem: Problem, columns: int) -> int:
+    return columns * max(1, len(_vectors(problem)))
+
+
+def _needed(problem: Problem, columns: int) -> int:
+    """Registers on NVIDIA: the sums, the row once, and 32 more (seen to do without spills in the sm_90 code, weights included)."""
+    return 32 + _sum_words(problem, columns) + columns * sum(_itemsize(problem, n) for n in ROW_INPUTS) // 4
+
+
 def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int, most: int = 16) -> Backward:
     """Fills in blocks (at most ``most``), depth and where the rows ahead wait; depth 0 if they do not fit."""
     threads, wave = c.lanes * c.groups, wave_size(problem.target)
-    sums = per * v * max(1, len(_vectors(problem)))
+    sums = _sum_words(problem, per * v)
     row_words = per * v * sum(_itemsize(problem, n) for n in ROW_INPUTS) // 4
     weight_words = per * v * (_itemsize(problem, "weight") + _itemsize(problem, "x_bias")) // 4
     narrow = v * min(_itemsize(problem, n) for n in ROW_INPUTS if problem.has(n)) < 4
     if _nvidia(problem) and not narrow:
-        # Registers: the sums, the row once, and 32 more (seen to do without spills in the sm_90 code, weights included).
-        need = 32 + sums + row_words
+        need = _needed(problem, per * v)
         blocks = max((b for b in range(1, 1024 // threads + 1) if _registers(threads, b) >= need), default=1)
         blocks = min(blocks, most)
         slot = _slot_bytes(problem, v, per, threads, bool(c.tile))
@@ -230,7 +238,8 @@ def _backward_inputs(family: str) -> tuple[str, ...]:
 
 def _dot_launch(problem: Problem, v: int, constants: Constants) -> Launch:
     wave, chunks, family = wave_size(problem.target), problem.features // v, _family(problem)
-    lanes = min(MAX_THREADS, max(2 * wave, _round_up(_ceil(chunks, 4), wave)))
+    most = MAX_THREADS // (2 if problem.has("x_bias") else 1)  # its registers
+    lanes = min(most, max(2 * wave, _round_up(_ceil(chunks, 4), wave)))
     dot = (problem.rows, 2) if family == "layernorm" else (problem.rows,)
     # The kernel takes four chunks at a time and may put sums of empty ones behind the last.
     sums = _round_up(_ceil(chunks, lanes), 4) * (lanes // wave) * 4

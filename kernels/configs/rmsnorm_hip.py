@@ -197,7 +197,7 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     plain = all(d == "bfloat16" for n, d in problem.dtypes if n not in STATS["layernorm"])
     need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
     if _family(problem) == "layernorm":  # two more scalars of the row, and the bias beside the weight
-        need += 8 + max(0, early_words - 8)
+        need += 8 + (early_words - 4 if early_words > 8 else 0)
     most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
     fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
