@@ -89,26 +89,47 @@ def problem(target: str, rows: int, features: int, dtypes: dict[str, str], **opt
     )
 
 
-def build(target: str, launches: list[Launch]) -> ctypes.CDLL:
-    """All instances in one library; the index of a launch is its place in the list."""
+def _instances(target: str, launches: list[Launch]) -> str:
+    """The kernels as instance_0, instance_1, ..."""
     text = _HEAD.format(wave=wave_size(target))
     for i, launch in enumerate(launches):
         defines = [m[2:].split("=", 1) for m in hip.macros(launch, target) if not m.startswith("-DJN_WAVE=")]
         text += "".join(f"#define {n} {v}\n" for n, v in defines)
         text += f'#define rank_norm_fwd instance_{i}\n#include "{distributed_hip.SOURCE}"\n#undef rank_norm_fwd\n'
-        text += "".join(f"#undef {n}\n" for n, _ in defines) + _CALL.format(i=i)
+        text += "".join(f"#undef {n}\n" for n, _ in defines)
+    return text
+
+
+def build(target: str, launches: list[Launch]) -> ctypes.CDLL:
+    """All instances in one library; the index of a launch is its place in the list."""
+    text = _instances(target, launches) + "".join(_CALL.format(i=i) for i in range(len(launches)))
     text += _TAIL.format(runners=", ".join(f"run_{i}" for i in range(len(launches))))
-    sources = [
-        *sorted((csrc_dir() / "include").rglob("*.h")),
-        csrc_dir() / "kernels" / distributed_hip.SOURCE,
-        HERE / "simt.h",
-    ]
+    return ctypes.CDLL(str(_compile("ranks", text)))
+
+
+def fake_driver(target: str, launches: list[Launch]) -> Path:
+    """A ``libcuda.so.1`` in a folder of its own, whose launches run these kernels (simt/fake_peer_driver.h)."""
+    types = ["char*"] * 6 + ["jaxnorm::Peers", "unsigned*", *["unsigned long long"] * 2, *["unsigned"] * 5]
+    call = ", ".join(f"*({t}*)p[{i}]" for i, t in enumerate(types))
+    cases = "".join(f"  if (index == {i}) instance_{i}({call});\n" for i in range(len(launches)))
+    text = _instances(target, launches) + f"static void run_kernel(int index, void** p) {{\n{cases}}}\n"
+    library = _compile("driver", text + '#include "fake_peer_driver.h"\n')
+    folder = library.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    if not (folder / "libcuda.so.1").exists():
+        (folder / "libcuda.so.1").symlink_to(library)
+    return folder
+
+
+def _compile(name: str, text: str) -> Path:
+    sources = [*sorted((csrc_dir() / "include").rglob("*.h")), csrc_dir() / "kernels" / distributed_hip.SOURCE,
+               *sorted(HERE.glob("*.h"))]  # fmt: skip
     digest = hashlib.sha256(text.encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:20]
     folder = Path(os.environ.get("JAXNORM_TEST_BUILD_DIR", Path(tempfile.gettempdir()) / f"jaxnorm-simt-{os.getuid()}"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    out = folder / f"ranks-{digest}.so"
+    out = folder / f"{name}-{digest}.so"
     if not out.exists():
-        source, temporary = folder / f"ranks-{digest}.cc", folder / f"ranks-{digest}.{os.getpid()}.so"
+        source, temporary = folder / f"{name}-{digest}.cc", folder / f"{name}-{digest}.{os.getpid()}.so"
         source.write_text(text)
         command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-w", "-pthread",
                    f"-I{HERE}", f"-I{csrc_dir() / 'include'}", f"-I{csrc_dir() / 'kernels'}", str(source), "-o",
@@ -116,7 +137,7 @@ def build(target: str, launches: list[Launch]) -> ctypes.CDLL:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"g++ failed:\n{done.stderr[:4000]}"
         os.replace(temporary, out)
-    return ctypes.CDLL(str(out))
+    return out
 
 
 @dataclass

@@ -209,10 +209,13 @@ constexpr auto kExecute = [](void* stream, ffi::RemainingArgs args, ffi::Remaini
   return Execute(stream, args, rets, Call{attributes...});
 };
 #else
-// For tests on the CPU platform, over a fake driver: no stream, no initialize stage.
-auto BindExecute() { return Attributes(ffi::Ffi::Bind().RemainingArgs().RemainingRets()); }
-constexpr auto kExecute = [](ffi::RemainingArgs args, ffi::RemainingRets rets, auto... attributes) {
+// For tests on the CPU platform, over a fake driver: no stream, no initialize stage, and no device that XLA has set.
+auto BindExecute() {
+  return Attributes(ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().RemainingArgs().RemainingRets());
+}
+constexpr auto kExecute = [](int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, auto... attributes) {
   const Call c{attributes...};
+  PeerDriver::Get(c.hip()).MakeCurrent(ordinal);
   if (ffi::Error error = Initialize(c); error.failure()) return error;
   return Execute(nullptr, args, rets, c);
 };

@@ -5,6 +5,7 @@
 // Data is pushed, never pulled, and into workspaces only. The sum runs over the ranks in ascending order, in float32,
 // and a row is never split between blocks, so both ways and every grid give the same bits.
 #pragma once
+#include "jaxnorm/norms.h"
 #include "jaxnorm/peers.h"
 #include "jaxnorm/quant.h"
 
@@ -24,7 +25,7 @@ template <class X, class R, int V, int RANKS, int COPIES> struct RankSource {
   const char* residual;
   char* out[COPIES];
 
-  JN_DEV Raw fetch(u64 start, int offset) const {
+  JN_DEV Raw fetch(u64 start, u32, int offset) const {
     Raw raw;
 #pragma unroll
     for (int p = 0; p < RANKS; ++p) raw.part[p] = load_chunk<X, V, true>(part[p] + start * X::size + offset * X::size);
@@ -68,7 +69,7 @@ template <class X, class R, int V, int RANKS, int COPIES> struct RankSource {
   template <int THREADS> struct Stashed {
     static constexpr int footprint = 0;
     static JN_DEV void fetch(const RankSource&, unsigned char*, u32, u64, int) {}
-    static JN_DEV Raw read(const unsigned char*, u32) { return Raw{}; }
+    static JN_DEV Raw read(const RankSource&, const unsigned char*, u32, u32, int) { return Raw{}; }
   };
 };
 
@@ -179,7 +180,7 @@ template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, 
   static constexpr int X_ROW = N * X::size, R_ROW = N * R::size, VALUE_ROW = QUANT ? Codes::ROW_BYTES : X_ROW;
   static constexpr int SCALE_ROW = QUANT ? Codes::SCALE_ROW : 0, SCALE_UNIT = Codes::SCALE_BYTES;
   template <int RANKS, int COPIES> using Source = RankSource<X, R, V, RANKS, COPIES>;
-  using Weights = Weighted<S, X, W, None, None, N, OFFSET, BEFORE, false>;
+  using Weights = Weighted<S, X, W, None, None, None, N, OFFSET, BEFORE, false>;
   template <class Src, int COPIES> using Work = QuantRow<S, Q, Src, RmsNorm<N>, Weights, SpreadCodes<S, Q, COPIES>>;
   static constexpr int sum_bytes = S::Sum::bytes;
   static constexpr int maxima_bytes = QUANT ? Work<Source<2, 1>, 1>::bytes : 0;
@@ -204,7 +205,7 @@ template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, 
       SpreadCodes<S, Q, COPIES> store;
 #pragma unroll
       for (int d = 0; d < COPIES; ++d) store.values[d] = values[d], store.scale[d] = scale[d];
-      const Weights weights{weight, nullptr, nullptr, offset};
+      const Weights weights{weight, nullptr, nullptr, nullptr, offset};
       const auto state = norm.statistics(one, sums);
       float* maxima = (float*)(shared_memory() + 2 * sum_bytes);
       Work<Src, COPIES>{one, norm, weights, store, maxima, state}.run(nullptr, bound);
@@ -213,7 +214,7 @@ template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, 
       store.weight = weight, store.offset = offset;
 #pragma unroll
       for (int d = 0; d < COPIES; ++d) store.y[d] = values[d];
-      finish_row<S>(one, norm, store, nullptr, sums);
+      finish_row<S>(one, norm, store, sums);
     }
   }
 

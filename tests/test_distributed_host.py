@@ -1,0 +1,56 @@
+"""The host side of the fused distributed calls over a fake driver: see distributed_host.py."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import pytest
+import simt_ranks
+
+from jaxnorm._paths import csrc_dir
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs gxx: g++ was not found")
+SCENARIOS = {"values": {}, "missing": {}, "no_peer": {"FAKE_NO_PEER": "2"}, "no_memory": {"FAKE_MOST_BYTES": "1000"}}
+
+
+@functools.cache
+def library() -> Path:
+    """The host build; a warning is an error."""
+    out = Path(tempfile.mkdtemp(prefix="jaxnorm-fused-")) / "fused_host.so"
+    flags = ("-std=c++17", "-O0", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DJAXNORM_LAUNCHER_HOST")
+    source = csrc_dir() / "distributed" / "fused_call.cc"
+    done = subprocess.run(["g++", *flags, "-isystem", jax.ffi.include_dir(), str(source), "-ldl", "-pthread", "-o", str(out)],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[:4000]
+    return out
+
+
+@functools.cache
+def driver() -> Path:
+    code = "import distributed_host, simt_ranks; print(simt_ranks.fake_driver('sm_90', distributed_host.launches()))"
+    return Path(python(code).strip().splitlines()[-1])
+
+
+def python(code: str, *argv: str, **env: str) -> str:
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    child = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **env}
+    done = subprocess.run([sys.executable, "-c", code, *argv], env=child, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3500:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name):
+    assert simt_ranks.HERE.is_dir()
+    run = "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = str(HERE / "distributed_host.py")
+    code = f"import sys; sys.argv = [{script!r}, {str(library())!r}, {name!r}]; {run}"
+    assert "SCENARIO OK" in python(code, LD_LIBRARY_PATH=str(driver()), **SCENARIOS[name])
