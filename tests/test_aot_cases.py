@@ -56,7 +56,11 @@ def differences(case: families.Case, got: dict[str, np.ndarray]) -> list[str]:
         want = bundle._stored(out.values)
         bits = np.ascontiguousarray(got[name]).view(want.dtype).reshape(want.shape)
         argument = {"dtype": out.values.dtype.name} | ({"compare": out.compare} if out.compare else {})
-        outcome = kernel_case.compare(bits, want, argument, out.ignore)
+        skip = np.zeros(want.shape, bool) if out.ignore is None else out.ignore
+        if out.written is not None:  # the emulators give a fresh buffer: what is not written is its fill
+            assert len(np.unique(bits[~out.written].view(np.uint8))) == 1, f"{name}: written where it must not be"
+            skip = skip | ~out.written
+        outcome = kernel_case.compare(bits, want, argument, skip)
         wrong += [f"{case.launch.kernel} {case.problem.dtypes} {name}: {outcome.text}"] if outcome.bad else []
     return wrong
 
@@ -76,14 +80,13 @@ def check_hip(found: list[Instance], target: str) -> None:
     needs.need("gxx", not simt_build.missing(), simt_build.missing())
     cases = [bundle.case(i) for i in found]
     wrong = []
-    for file in sorted(
-        {c.launch.kernel.split(":")[0] for c in cases}
-    ):  # headers of two kernel files do not go together
+    for file in sorted({c.launch.kernel.split(":")[0] for c in cases}):  # headers of two do not go together
         mine = [c for c in cases if c.launch.kernel.startswith(file)]
         kernels = simt_build.Kernels([(target, (c.launch,)) for c in mine])
         for case in mine:
             problem, operands = with_temps(case)
-            wrong += differences(case, kernels.run(problem, (case.launch,), operands))
+            launch = replace(case.launch, aliases=())
+            wrong += differences(case, kernels.run(problem, (launch,), operands))
     assert wrong == []
 
 
@@ -120,9 +123,9 @@ def test_the_bundle_covers_every_op_dtype_and_quantisation() -> None:
         found = everything(backend, "gfx942")
         assert {i.launch.kernel for i in found} <= set(bundle.KERNELS)
         stages = {i.problem.stage for i in found}
-        # Every stage with kernels, but those that need several GPUs or a cache, which have tests of their own.
+        # Every stage with kernels, but those of several GPUs at once, which one launch does not show.
         plans = {name for name, stage in _stage.STAGES.items() if backend in stage.plans}
-        assert plans - stages <= {n for n in plans if "cache" in n or "reduce" in n}, plans - stages
+        assert plans - stages <= {n for n in plans if "reduce" in n}, plans - stages
         for stage in ("rmsnorm_fwd", "rmsnorm_quant_fwd"):
             assert {i.problem.dtype("x") for i in found if i.problem.stage == stage} == {
                 "bfloat16",

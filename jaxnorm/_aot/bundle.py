@@ -12,12 +12,12 @@ import numpy as np
 from .._compile.code_object import CodeObject
 from ..errors import value_error
 from ..kernels.configs import Launch, Problem
-from . import elf, families, families_groups, families_heads
+from . import elf, families, families_cache, families_groups, families_heads
 from .families import Case, Kernel, Output, Retry
 from .instances import Instance
 from .oracle import dtype
 
-KERNELS = families.KERNELS | families_heads.KERNELS | families_groups.KERNELS
+KERNELS = families.KERNELS | families_heads.KERNELS | families_groups.KERNELS | families_cache.KERNELS
 FORMAT = "kernel-case/1"
 FOLDER = "cases"
 MOST_ROWS, PROGRAMS = 7, 2
@@ -191,6 +191,9 @@ def _output(made: Case, name: str, arrays: dict[str, np.ndarray]) -> dict[str, A
     out: Output = made.outputs[name]
     arrays[f"{name}_expected"] = _stored(out.values)
     entry = {**_buffer(name, out.values), "kind": "out", "expect": f"{name}_expected"}
+    if out.before is not None:
+        arrays[f"{name}_before"] = _stored(out.before)
+        entry |= {"kind": "inout", "data": f"{name}_before"}
     for key in ("ignore", "written"):
         if (mask := getattr(out, key)) is not None:
             arrays[f"{name}_{key}"] = mask

@@ -32,6 +32,8 @@ class Output:
     """None: the default of the format for the dtype."""
     ignore: Array | None = None
     written: Array | None = None
+    before: Array | None = None
+    """What the buffer holds at first, where it is written in place."""
 
 
 @dataclass

@@ -116,6 +116,16 @@ def codes(values: Array, name: str) -> Array:
     return np.where(negative, code | (8 if name == "fp4" else 128), code).astype(np.uint8)
 
 
+def decoded(found: Array, name: str) -> Array:
+    """float64 values of codes that are no NaN and no infinity."""
+    if name == "int8":
+        return found.astype(np.float64)
+    sign = 8 if name == "fp4" else 128
+    table = _values(name)
+    value = table[np.minimum(found & (sign - 1), len(table) - 1)]
+    return np.where(found & sign, -value, value)
+
+
 def exponents(maximum: Array, name: str, rounding: str) -> Array:
     """The e8m0 scale of each maximum, as its uint8 exponent."""
     top, mantissa = TOP[name], 1 if name == "fp4" else _FORMATS[name][0]

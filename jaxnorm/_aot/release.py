@@ -117,8 +117,31 @@ def _layernorms() -> list[dict[str, Any]]:
     return found
 
 
+def _caches() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    kinds = ((BF16, None, "shuffled", BF16), ("int8", "per_token", "shuffled", BF16), ("fp8", "per_tensor", "paged", F16),
+             ("fp8", "per_token", "slots", F32), (F32, None, "paged", BF16), ("int8", "per_tensor", "shuffled", BF16))  # fmt: skip
+    for i, (dtype, quant, layout, x) in enumerate(kinds):
+        cache = {
+            "num_pages": 3,
+            "page_size": 16,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "dtype": dtype,
+            "quant": quant,
+            "layout": layout,
+        }
+        kv = {"cache": {"KVCache": cache}, "slots": f"{('int32', 'int64')[i % 2]}[...]"}
+        args = {"qkv": f"{x}[..., 512]", "q_weight": f"{BF16}[64]", "k_weight": f"{BF16}[64]", "positions": "int32[...]",
+                "cos_sin": f"{F32}[32, {(64, 32)[i % 2]}]"}  # fmt: skip
+        options = {"num_q_heads": 4, "num_kv_heads": 2, "style": ("neox", "gptj")[i % 2], "return_kv": i == 1}
+        found.append({"op": "qk_norm_rope_cache", "args": args | kv, "options": options})
+        found.append({"op": "KVCache.gather", "args": kv})
+    return found
+
+
 FAMILIES = (_norms, _quantised, _layernorms)
-SMALL = ((_heads, 3), (_groups, 1))
+SMALL = ((_heads, 3), (_groups, 1), (_caches, 5))
 """With the numbers of tokens or images."""
 """Each gives the entries of its ops; an op that is not registered is left out."""
 

@@ -27,11 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._stage import OPS, OpDef
+from .._stage import OPS, STAGES, OpDef
 from .._types import QuantSpec
 from ..errors import value_error
 
 TRACED_ROWS = 8
+GATHER = "kv_cache_gather"
+"""The stage of a method, which is no public function of its own."""
 _ARRAY = re.compile(r"(\w+)\[\s*(.*?)\s*\]")
 _KEYS = ("op", "args", "options", "grad", "backend", "rows")
 
@@ -92,7 +94,10 @@ def operators() -> dict[str, OpDef]:
 
     for name in jaxnorm.__all__:
         getattr(jaxnorm, name)
-    return OPS
+    gather = OpDef(
+        "KVCache.gather", lambda cache, slots, backend=None: cache.gather(slots, backend=backend), STAGES[GATHER]
+    )
+    return OPS | {gather.name: gather}
 
 
 def load(path: Path) -> list[Call]:
