@@ -200,7 +200,7 @@ def _ahead(problem: Problem, each: int = 4) -> Ahead | None:
     groups = max(1, 128 // lanes) if lanes == wave else 1
     per, threads = _ceil(chunks, lanes), lanes * groups
     free = shared_memory(problem.target)
-    fixed = 1024 + _fixed_bytes(problem, lanes) + _buffers(problem) * _sum_bytes(chunks, lanes, wave)
+    fixed = 1024 + 2 * _fixed_bytes(problem, lanes)  # one row's exchange beside the next one's
     # Seen in the sm_90 code to do without spills.
     spec = problem.option("spec")
     need = 8 * per + 32 + 8 * problem.has("smooth_scale") + 8 * problem.has("y")
@@ -346,8 +346,7 @@ def _norm_constants(problem: Problem) -> Constants:
 def _launch(problem: Problem, c: Forward) -> Launch:
     norm = problem.stage != "quantize_fwd"
     depth, blocks = (c.depth, c.blocks) if isinstance(c, Ahead) else (0, 0)
-    chunks, wave = problem.features // vector(problem), wave_size(problem.target)
-    sums = _buffers(problem) * _sum_bytes(chunks, c.lanes, wave) if depth else 0
+    exchange = _fixed_bytes(problem, c.lanes) * (2 if depth else 1)
     waiting = (c.shared * c.lanes + depth * c.regs * c.lanes * c.groups) * _chunk_bytes(problem)
     constants: Constants = (
         ("JN_N", problem.features),
@@ -377,5 +376,5 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         + _stream(problem, "values", "residual_out", "y"),
         scalars=(("rows", "i64", problem.rows), ("scale_rows", "i64", problem.shape("scale")[0] if tiles else 0)),
         threads=c.lanes * c.groups,
-        shared=_fixed_bytes(problem, c.lanes) + sums + waiting,
+        shared=exchange + waiting,
     )

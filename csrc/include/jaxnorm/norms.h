@@ -4,19 +4,26 @@
 
 namespace jaxnorm {
 
-// BUFFERS: row sums that need shared memory of their own. save: what the backward wants, of a row; null = nothing.
+// BUFFERS: row sums that need shared memory of their own. SCALES: the map is a multiplication with state.rstd, and
+// statistics() runs `meanwhile` between the writing and the reading of its sum, so that one barrier serves both.
+// save: what the backward wants, of a row; null = nothing.
 
 // n * rsqrt(mean(n * n) + eps)
 template <int N> struct RmsNorm {
   static constexpr int BUFFERS = 1;
+  static constexpr bool SCALES = true;
   float eps;
   float* saved_rstd = nullptr;
   struct State {
     float rstd;
   };
   template <class R> JN_DEV State statistics(R& row, float* sums) const {
+    return statistics(row, sums, [] {});
+  }
+  template <class R, class Meanwhile> JN_DEV State statistics(R& row, float* sums, Meanwhile meanwhile) const {
     float sum[1];
-    row.template pass<true>([](float n, float (&acc)[1]) { acc[0] = fused_multiply_add(n, n, acc[0]); }, sums, sum);
+    row.template pass<true>([](float n, float (&acc)[1]) { acc[0] = fused_multiply_add(n, n, acc[0]); }, sums, sum,
+                            meanwhile);
     return State{reciprocal_sqrt(fused_multiply_add(sum[0], 1.f / float(N), eps))};
   }
   static JN_DEV float apply(const State& s, float n) { return n * s.rstd; }
@@ -29,6 +36,7 @@ template <int N> struct RmsNorm {
 // of m0 left: where the mean is far above the deviation, the last bits of m0 are as large as the result's.
 template <int N> struct LayerNorm {
   static constexpr int BUFFERS = 3;
+  static constexpr bool SCALES = false;
   float eps;
   float* saved_mean = nullptr;
   float* saved_shift = nullptr;

@@ -95,6 +95,8 @@ template <class S, class Q, int P_> struct QuantStore {
 template <class S, class X, class W, class B, class M, class Y, int P, bool OFFSET, bool BEFORE, bool EARLY>
 struct Weighted {
   static constexpr int V = S::V;
+  // z is the normalised n times something, and nothing else is made of it
+  static constexpr bool multiplies = !BEFORE && B::size == 0 && Y::size == 0;
   const char* weight;
   const char* bias;
   const char* smooth;
@@ -163,6 +165,7 @@ struct Weighted {
 // Quantisation alone: y = x.
 template <class S> struct NoNorm {
   static constexpr int BUFFERS = 1;
+  static constexpr bool SCALES = false;
   struct State {};
   template <class R> JN_DEV State statistics(R& row, float*) const {
 #pragma unroll
@@ -192,17 +195,23 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
   static constexpr bool whole = Q::GROUP == 0, in_wave = S::Sum::in_wave, in_slot = GROUP <= min_of(LANES, kWave);
   static constexpr int entries = Q::STATIC || in_wave ? 0 : whole ? LANES / kWave : in_slot ? 0 : VIRTUAL_WAVES;
   static constexpr int bytes = ceil_div(entries, 4) * 16;  // of shared memory for maxima
+  // One scale a row: z waits for its factor rstd, so that the maximum is exchanged together with the sum, and the codes
+  // do not need rstd at all.
+  static constexpr bool deferred =
+      whole && !Q::STATIC && !Q::BOUNDED && !Q::POWER && Norm::SCALES && Weights::multiplies;
 
   OneRow& row;
   const Norm& norm;
   const Weights& weights;
   const Store& store;
   float* maxima;
-  typename Norm::State state;
+  typename Norm::State state{};
 
   template <bool REGISTER, bool FINAL> JN_DEV void to_z(int k, float (&f)[V]) const {
+    if constexpr (!deferred) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) f[i] = norm.apply(state, f[i]);
+      for (int i = 0; i < V; ++i) f[i] = norm.apply(state, f[i]);
+    }
     weights.template z<REGISTER, FINAL>(row.row, row.lane, k, row.has(k), f);
   }
   JN_DEV void encode_slot(int k, float (&z)[V], const Scale<Q>& scale) const {
@@ -233,8 +242,33 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
     }
   }
 
-  JN_DEV void run(const float* static_scale, float bound) const {
+  // then() is called when no chunk of the row is wanted any more but those of the registers.
+  template <class Then> JN_DEV void run(float* sums, const float* static_scale, float bound, Then then) {
     float z[REGS][V];
+    if constexpr (deferred) {
+      float a;
+      state = norm.statistics(row, sums, [&] {
+        make_z(z);
+        a = lane_max(z);
+        put_max(a);
+      });
+      then();
+      const Scale<Q> scale = Scale<Q>::of_scaled_max(get_max(a), state.rstd);
+      if (row.active && row.lane == 0) store.store_scale(row.row, 0, scale.stored);
+      encode_all(z, scale);
+    } else {
+      state = norm.statistics(row, sums);
+      then();
+      make_z(z);
+      quantise(z, static_scale, bound);
+    }
+    if (!row.active) return;
+    store.finish_row(row.row, row.lane);
+    weights.finish_row(row.row, row.lane);
+  }
+
+ private:
+  JN_DEV void make_z(float (&z)[REGS][V]) const {
 #pragma unroll
     for (int k = 0; k < REGS; ++k) {
       if constexpr (same<typename Source::Kept, typename Source::Raw>)
@@ -243,6 +277,8 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
         row.source.kept_values(row.kept[k], z[k]);
       to_z<true, true>(k, z[k]);
     }
+  }
+  JN_DEV void quantise(float (&z)[REGS][V], const float* static_scale, float bound) const {
     if constexpr (Q::STATIC) {
       encode_all(z, Scale<Q>::fixed(static_scale));
     } else if constexpr (whole) {
@@ -285,12 +321,7 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
       for (int k = 0; k < REGS; ++k) encode_group(k, z[k], entries_max(k), bound);
       each_late<true>([&](int k, float (&f)[V]) { encode_group(k, f, entries_max(k), bound); });
     }
-    if (!row.active) return;
-    store.finish_row(row.row, row.lane);
-    weights.finish_row(row.row, row.lane);
   }
-
- private:
   JN_DEV void encode_all(float (&z)[REGS][V], const Scale<Q>& scale) const {
 #pragma unroll
     for (int k = 0; k < REGS; ++k) encode_slot(k, z[k], scale);
@@ -303,15 +334,28 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
     encode_slot(k, z, scale);
   }
   JN_DEV float row_max(const float (&z)[REGS][V]) const {
+    const float a = lane_max(z);
+    put_max(a);
+    if constexpr (!in_wave) barrier();
+    return get_max(a);
+  }
+  // Over the lanes of a row in this wave, ...
+  JN_DEV float lane_max(const float (&z)[REGS][V]) const {
     float a = slot_max(0, z[0]);
 #pragma unroll
     for (int k = 1; k < REGS; ++k) a = max_or_nan(a, slot_max(k, z[k]));
     each_late<false>([&](int k, float (&f)[V]) { a = max_or_nan(a, slot_max(k, f)); });
-    a = lanes_max<min_of(LANES, kWave)>(a);
+    return lanes_max<min_of(LANES, kWave)>(a);
+  }
+  // ... from wave to wave, with a barrier in between.
+  JN_DEV void put_max(float a) const {
+    if constexpr (!in_wave) {
+      if (row.lane % kWave == 0) maxima[row.lane / kWave] = a;
+    }
+  }
+  JN_DEV float get_max(float a) const {
     if constexpr (!in_wave) {
       constexpr int waves = LANES / kWave, slots = next_power_of_2(waves);
-      if (row.lane % kWave == 0) maxima[row.lane / kWave] = a;
-      barrier();
       if constexpr (waves <= (kWaveMax ? 4 : 8)) {
         a = maxima[0];
 #pragma unroll
@@ -352,10 +396,7 @@ JN_DEV void quantise_rows(const Source& source, const Norm& norm, Weights weight
     const u64 row = first + u * S::GROUPS;
     return OneRow{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
   };
-  auto finish = [&](OneRow& row) {
-    const auto state = norm.statistics(row, sums);
-    Work{row, norm, weights, store, maxima, state}.run(static_scale, bound);
-  };
+  auto finish = [&](OneRow& row) { Work{row, norm, weights, store, maxima}.run(sums, static_scale, bound, [] {}); };
   OneRow a = make(0);
   if constexpr (S::UNROLL == 1) {
     if (!S::Sum::in_wave && a.row >= rows) return;  // the whole block
@@ -382,8 +423,8 @@ JN_DEV void quantise_rows(const Source& source, const Norm& norm, Weights weight
 }
 
 // BLOCKS blocks walk over the rows; the next DEPTH rows of each are on their way to shared memory meanwhile. A slot
-// there is filled again once the sum of its row, which takes all of it, is done. Two buffers for sums, one for maxima:
-// only the maxima have the barrier of the next sum between their reading and the next writing.
+// there is filled again once the sum of its row, which takes all of it, is done. Two buffers for sums and for maxima,
+// in turn: a barrier stands between the writing and the reading of one, none between its reading and the next writing.
 template <class S, class Q, int DEPTH, int BLOCKS, class Source, class Norm, class Weights, class Store>
 JN_DEV void quantise_rows_ahead(const Source& source, const Norm& norm, Weights weights, const Store& store,
                                 const float* static_scale, float bound) {
@@ -394,8 +435,8 @@ JN_DEV void quantise_rows_ahead(const Source& source, const Norm& norm, Weights 
   constexpr int slot_bytes = S::REGS * Stashed::footprint, sum_bytes = Norm::BUFFERS * S::Sum::bytes;
   const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
             group = S::GROUPS > 1 ? thread / S::LANES : 0;
-  float* maxima = (float*)(shared_memory() + 2 * sum_bytes);
-  unsigned char* stash = shared_memory() + 2 * sum_bytes + Work::bytes;
+  constexpr int exchange = sum_bytes + Work::bytes;  // sums, then maxima
+  unsigned char* stash = shared_memory() + 2 * exchange;
   const u64 rows = store.rows, stride = u64(BLOCKS) * S::GROUPS;
 
   auto fetch = [&](u64 row, u32 slot) {
@@ -425,11 +466,11 @@ JN_DEV void quantise_rows_ahead(const Source& source, const Norm& norm, Weights 
       else
         one.raw[k] = typename OneRow::Raw{};
     }
-    const auto state = norm.statistics(one, (float*)(shared_memory() + buffer));
-    fetch(row + DEPTH * stride, slot);
-    Work{one, norm, weights, store, maxima, state}.run(static_scale, bound);
+    float* maxima = (float*)(shared_memory() + buffer + sum_bytes);
+    Work{one, norm, weights, store, maxima}.run((float*)(shared_memory() + buffer), static_scale, bound,
+                                                [&] { fetch(row + DEPTH * stride, slot); });
     slot = slot == DEPTH - 1 ? 0 : slot + 1;
-    buffer = sum_bytes - buffer;
+    buffer = exchange - buffer;
   }
 }
 

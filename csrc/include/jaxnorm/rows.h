@@ -205,6 +205,11 @@ template <class S, class Source> struct Row {
   // Adds up over the row what map(n, sums) adds for each n. FIRST: the pass that settles every chunk that will not be
   // fetched again, and leaves the others in `kept`.
   template <bool FIRST, int COUNT, class Map> JN_DEV void pass(Map map, float* sums, float (&total)[COUNT]) {
+    pass<FIRST>(map, sums, total, [] {});
+  }
+  // meanwhile() runs once all chunks came by, before the barrier.
+  template <bool FIRST, int COUNT, class Map, class Meanwhile>
+  JN_DEV void pass(Map map, float* sums, float (&total)[COUNT], Meanwhile meanwhile) {
     float part[COUNT][S::REGS];
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
@@ -219,11 +224,13 @@ template <class S, class Source> struct Row {
       add_up<FIRST>(has(k), f, map, part, k);
     }
     if constexpr (S::Sum::in_wave) {
+      meanwhile();
       S::Sum::within_wave(part, lane, total);
     } else {
       S::Sum::put(sums, part, 0, lane);
       if constexpr (S::REST > 0) pass_rest<FIRST, COUNT>(map, sums);
       if constexpr (S::SHARED > 0) pass_stash<FIRST, COUNT>(map, sums);
+      meanwhile();
       S::Sum::get(sums, lane, total);
     }
   }

@@ -112,9 +112,11 @@ JN_DEV int opaque(int v) {
 // What the values of a group are divided by.
 template <class Q> struct Scale {
   using Code = typename Q::Code;
-  float s, r;   // e8m0: r alone, a power of two
-  bool direct;  // quotient() can take s as it is; if not, and unless static, z is lifted first
-  u32 stored;   // float32 bits, or the exponent
+  float s, r;  // e8m0: r alone, a power of two
+  bool
+      direct;  // quotient() can take s as it is; if not, and unless static, z is first multiplied with `before`, `lift`
+  u32 stored;  // float32 bits, or the exponent
+  float before = 1.f, lift = kLift;
 
   static JN_DEV Scale of_max(float a, float bound) {
     if constexpr (Q::BOUNDED) a = a > bound ? bound : a;
@@ -139,6 +141,31 @@ template <class Q> struct Scale {
         scale.s = s < 1.f ? s * kLift : s == 1.f ? kLift : Code::integer ? 1.f : s;
         scale.r = 1.f / scale.s;
       }
+    }
+    return scale;
+  }
+  // Of values that are still to be multiplied with `factor`, `a` being their largest magnitude before that: what is
+  // stored is the scale of the products, what divides is the scale of the values as they are. The same codes but for
+  // the rounding of the products, and the maximum need not wait for the factor.
+  static JN_DEV Scale of_scaled_max(float a, float factor) {
+    static_assert(!Q::POWER && !Q::BOUNDED && !Q::STATIC, "a float32 scale from the maximum");
+    constexpr float inverse = 1.f / Code::top;
+    constexpr u32 low = (127 - 80) << 23, high = 0x7f7fffffu;
+    const float m = a * factor;
+    Scale scale;
+    scale.direct = f32_bits(a) - low <= high - low && f32_bits(m) - low <= high - low;
+    if (scale.direct) {
+      scale.stored = f32_bits(quotient(m, Code::top, inverse));
+      scale.s = quotient(a, Code::top, inverse);
+      scale.r = reciprocal(scale.s);
+    } else {
+      float s = m / Code::top;
+      s = s < 0x1p-126f ? 1.f : s;
+      scale.stored = f32_bits(s);
+      scale.before = factor;
+      scale.lift = s <= 1.f ? kLift : 1.f;
+      scale.s = Code::integer && (scale.stored & 0x7f800000u) == 0x7f800000u ? 1.f : s * scale.lift;
+      scale.r = 1.f / scale.s;
     }
     return scale;
   }
@@ -175,7 +202,7 @@ template <class Q> struct Scale {
 #pragma unroll 1
         for (int rounds = opaque(direct ? 0 : 1); rounds > 0; --rounds) {
 #pragma unroll
-          for (int i = 0; i < V; ++i) z[i] = Code::integer && !finite ? 0.f : z[i] * kLift;
+          for (int i = 0; i < V; ++i) z[i] = Code::integer && !finite ? 0.f : z[i] * before * lift;
         }
       }
 #pragma unroll
