@@ -114,6 +114,27 @@ def test_a_run_on_the_cpu(call, tmp_path, monkeypatch):
     assert "expected some of rmsnorm, rmsnorm_quant" in call("bench", "--from", out, "--ops", "rope")[2]
 
 
+def test_results_of_a_familys_benchmark_can_be_drawn(tmp_path):
+    need_matplotlib()
+    from benchmarks import plot_family
+    from jaxnorm._bench import plot
+
+    environment = {"device": "a card", "versions": {"jax": "1"}, "date": "2026-01-02", "source": "s"}
+    times = {
+        "copy": {"median_us": 2.0},
+        "jaxnorm-hip": {"median_us": 4.0},
+        "xla": {"median_us": 8.0},
+        "other": {"median_us": 1.0},
+    }
+    cells = {"rope neox 8x4x64": {"bytes": 8000, "times": times}, "mrope 8x4x64": {"bytes": 1, "times": {}}}
+    drawn = plot_family.convert({"environment": environment, "cells": cells, "method": "m"}, ["rope"])
+    (record,) = drawn["cases"].values()
+    assert (record["op"], record["shape"]) == ("rope neox", ["8x4x64"])
+    assert [plot.gigabytes_per_second(record, n) for n in ("hip", "plain", "triton")] == [2.0, 1.0, None]
+    plot.save(drawn, tmp_path / "rope.svg")
+    assert (tmp_path / "rope.svg").stat().st_size > 5000
+
+
 def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
