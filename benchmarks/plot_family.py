@@ -1,6 +1,6 @@
 """Draws what ``benchmarks.<family>`` measured as the roofline of ``jaxnorm bench``: speed under the roof of a copy, by bytes.
 
-    python -m benchmarks.plot_family benchmarks/results/h200/layernorm.json --out docs/assets/layernorm.svg --only layernorm,add_layernorm
+    python -m benchmarks.plot_family benchmarks/results/h200/layernorm.json --out docs/assets/layernorm.svg --only add_layernorm
 
 A panel for each kind of case (the words of its key before the shape). Cases without a copy's time are left out.
 """

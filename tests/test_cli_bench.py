@@ -45,14 +45,16 @@ SHAPES = {2: (6, 64), 3: (5, 2, 64), 4: (2, 3, 2, 64)}
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_every_op_agrees_with_its_plain_form(name, one_set):
+def test_every_op_agrees_with_its_plain_form(name, one_set, monkeypatch):
+    monkeypatch.setattr(
+        measure, "contestants", list
+    )  # ours alone: the plain form in float32 is what it is held against
     op = OPS[name]
     shape = SHAPES[len(op.dims.split("x"))]
     if op.function == "qk_norm_rope":
         shape = (5, 4, 2, 64)
     record = measure.measure(Case(name, shape, "float32", "int8" if op.quantises else ""), ["xla"], timing.WallTimer())
-    for contestant in ("xla", "plain"):
-        assert record["contestants"][contestant].get("right"), record["contestants"]
+    assert record["contestants"]["xla"].get("right"), record["contestants"]
     assert record["contestants"]["xla"]["distance"] < (0.02 if op.quantises else 1e-5)
 
 
@@ -91,19 +93,30 @@ RUN = ("bench", "--ops", "rmsnorm,rmsnorm_quant", "--shapes", "4x64,8x64", "--sp
 
 def test_a_run_on_the_cpu(call, tmp_path, monkeypatch):
     out, plot = tmp_path / "new" / "r.json", tmp_path / "r.svg"
-    code, said, err = call(*RUN, "--out", out)
+    run = (
+        "bench",
+        "--ops",
+        "rmsnorm,rmsnorm_quant",
+        "--shapes",
+        "4x64",
+        "--specs",
+        "int8",
+        "--timer",
+        "wall",
+        "--out",
+        out,
+    )
+    code, said, err = call(*run)
     assert code == 0, err
     assert "This is a CPU: the times are wall clock of the xla backend" in said
     assert "% of copy" in said and "plain XLA" in said
     data = json.loads(out.read_text())
-    assert set(data["cases"]) == {f"rmsnorm {s} bfloat16" for s in ("4x64", "8x64")} | {
-        f"rmsnorm_quant {s} bfloat16 int8" for s in ("4x64", "8x64")
-    }
+    assert set(data["cases"]) == {"rmsnorm 4x64 bfloat16", "rmsnorm_quant 4x64 bfloat16 int8"}
     assert all(r["copy_us"] > 0 and r["contestants"]["xla"]["right"] for r in data["cases"].values())
     assert data["environment"]["device"] and data["environment"]["versions"]["jax"]
 
     monkeypatch.setattr(measure, "measure", lambda *a: pytest.fail("measured again"))
-    assert call(*RUN, "--out", out)[0] == 0
+    assert call(*run)[0] == 0
     need_matplotlib()
     code, said, _ = call("bench", "--from", out, "--plot", plot)
     assert code == 0

@@ -149,7 +149,7 @@ def prewarm(
         )
     except ValueError as error:
         raise CommandError(f"--{error}.", 2) from None
-    before = {e.path for e in store.entries()}
+    before, earlier = {e.path for e in store.entries()}, store.problem()
     served, refused = _compile_all(cases, wanted, platform, target)
     new = [e for e in store.entries() if e.path not in before]
     out = console()
@@ -159,7 +159,7 @@ def prewarm(
     )
     for why, count in refused.items():
         out.print(f"not compiled ({count}): {why}", soft_wrap=True)
-    if store.problem():
+    if store.problem() != earlier:
         raise CommandError(store.problem())
     if not served:
         raise CommandError("no kernel was compiled")
