@@ -40,6 +40,10 @@ def check(case: Case, backend: str | None = None) -> None:
     y, gradients = both(case, backend)(args, dy)
     want = case.forward(args)
     oracle.assert_y(y, want, case.out_dtype)
+    if (
+        case.mean >= 1e4
+    ):  # the contract allows 2^-22 * mean / deviation; what the mean lost to rounding is not forgotten
+        np.testing.assert_allclose(np.asarray(y), want.y(), rtol=0, atol=2e-5)
     oracle.assert_gradients(gradients, args, oracle.backward(want, dy))
 
 
@@ -101,13 +105,13 @@ def test_gradients_by_finite_differences(last):
 
 
 @pytest.mark.parametrize("channel_axis", [-1, 1])
-@pytest.mark.parametrize("value", [0.0, 3.25, 1e4])
+@pytest.mark.parametrize("value", [0.0, 3.25, 10000.333])
 def test_a_constant_group_gives_the_bias(channel_axis, value):
     case = Case(2, (5, 3), 12, 3, x=F32, weight=F32, bias=F32, last=channel_axis == -1)
     x, w, b = case.arrays()
     x[:1] = value
     y = np.moveaxis(np.asarray(both(case)((x, w, b), case.cotangent())[0]), channel_axis, -1)
-    np.testing.assert_allclose(y[0], np.broadcast_to(b, y[0].shape), atol=2.0**-22 * value * 320 + 1e-30)
+    np.testing.assert_allclose(y[0], np.broadcast_to(b, y[0].shape), atol=1e-5)
     assert np.isfinite(
         np.asarray(jaxnorm.groupnorm(x, w, b, num_groups=3, eps=0.0, channel_axis=channel_axis))[1]
     ).all()

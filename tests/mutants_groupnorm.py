@@ -1,0 +1,36 @@
+"""Defects of groupnorm for test_mutants.py."""
+
+# ruff: noqa: E501 -- the code of a mutant stands on one line
+
+from __future__ import annotations
+
+from mutants import Mutant
+
+REF, API = "jaxnorm/_ref/groupnorm.py", "jaxnorm/_api/groupnorm.py"
+MAPS, FORWARD, BACKWARD = (f"csrc/include/jaxnorm/groups{part}.h" for part in ("", "_fwd", "_bwd"))
+KERNELS = "kernels/groupnorm.py"
+NUMERICS = "tests/test_groupnorm.py -k "
+SIMT, TRITON = "tests/test_groupnorm_hip.py -k ", "tests/test_groupnorm_triton.py -k "
+SHARDED = "tests/test_groupnorm_transforms.py -k "
+MUTANTS = (
+    Mutant("group norm by E[x^2] - mean^2", REF, "(center,) = layout.mean(a, axes=axes)", "center = jnp.zeros((*a.shape[:-2], 1, 1))", NUMERICS + "mean10000"),
+    Mutant("what the mean lost to rounding is dropped", REF, "    v = _affine((d - e) * rstd, weight, bias, layout)", "    v = _affine(d * rstd, weight, bias, layout)", NUMERICS + "mean10000"),
+    Mutant("groups in stripes of channels", REF, "jnp.moveaxis(a.reshape(*lead, space, a.shape[-1] // self.group, self.group), -3, -2)",
+           "jnp.swapaxes(a.reshape(*lead, space, self.group, a.shape[-1] // self.group), -3, -1)", NUMERICS + "linen"),
+    Mutant("slope of silu without its second term", REF, "sg * (1.0 + v * (1.0 - sg))", "sg", NUMERICS + "silu"),
+    Mutant("mean of the cotangent forgotten", REF, "(gw - plain) - xh", "gw - xh", NUMERICS + "test_against_the_oracle"),
+    Mutant("silu before the bias", REF, "    v = _affine((d - e) * rstd, weight, bias, layout)\n    if silu:\n        v = v / (1.0 + jnp.exp(-v))",
+           "    v = _affine((d - e) * rstd, weight, None, layout)\n    if silu:\n        v = v / (1.0 + jnp.exp(-v))\n    v = v if bias is None else v + layout.channels(bias)", NUMERICS + "silu"),
+    Mutant("statistics of a shard alone", REF, "total = row_sum(flat, axes)", "total = row_sum(flat)", SHARDED + "sharded_positions"),
+    Mutant("groups that may be split", API, 'parallel_dims=(("c", self.group_channels),)', 'parallel_dims=(("c", 1),)', SHARDED + "split_groups"),
+    Mutant("dbias in float32 for every bias", API, 'out["dparams"][1].astype(bias.dtype)', 'out["dparams"][1]', NUMERICS + "test_against_the_oracle"),
+    Mutant("parts counted as equals", FORWARD, "fused_multiply_add(M::part_count(p), (mean[i]", "fused_multiply_add(M::part_count(0), (mean[i]", SIMT + "test_forward"),
+    Mutant("parts added without their distance", FORWARD, "spread += fused_multiply_add(M::part_count(p) * d, d, squares[i]);", "spread += squares[i];", SIMT + "test_forward"),
+    Mutant("one affine for a chunk", FORWARD, "fused_multiply_add(d, a[M::LAST ? i : 0], c[M::LAST ? i : 0])", "fused_multiply_add(d, a[0], c[0])", SIMT + "test_forward"),
+    Mutant("a barrier less", MAPS, "    segment_sums<N * GROUPS, PER, THREADS>(memory, sums, thread);\n    barrier();", "    segment_sums<N * GROUPS, PER, THREADS>(memory, sums, thread);", SIMT + "test_forward"),
+    Mutant("the last part read to its full length", MAPS, "return live && row < u32(PART) && (S % PART == 0 || part * PART + row < u32(S));", "return live && row < u32(PART);", SIMT + "test_forward"),
+    Mutant("weight twice in the shares", BACKWARD, "sums[n] * w;", "sums[n] * w * w;", SIMT + "test_backward"),
+    Mutant("bias ignored in the slope", BACKWARD, "silu_slope(fused_multiply_add(xh, w, b))", "silu_slope(xh * w)", SIMT + "test_backward"),
+    Mutant("Triton: count of the last part", KERNELS, "n = tl.where(mask, tl.minimum(S - p * PART, PART), 0).to(tl.float32)", "n = tl.where(mask, PART, 0).to(tl.float32)", TRITON + "test_forward"),
+    Mutant("Triton: the other dim's stride", KERNELS, "return ch[:, None] * S + pos[None, :], (ch", "return ch[:, None] * C + pos[None, :], (ch", TRITON + "nchw"),
+)  # fmt: skip
