@@ -30,7 +30,7 @@ class Mutant:
 
 
 NUMERICS = "tests/test_rmsnorm.py -k "
-MUTANTS = (
+MUTANTS: tuple[Mutant, ...] = (
     Mutant("mean over the padded N", REF, "row_sum(n * n, axes) / features + eps", "row_sum(n * n, axes) / width + eps", NUMERICS + "pad64"),
     Mutant("eps outside the root", REF, "jax.lax.rsqrt(row_sum(n * n, axes) / features + eps)",
            "1 / (jax.lax.sqrt(row_sum(n * n, axes) / features) + eps)", NUMERICS + "eps_is_inside"),
@@ -65,4 +65,28 @@ MUTANTS = (
     Mutant("another backend in silence", "jaxnorm/_dispatch.py", 'if named in (None, "xla"):', "if True:", "tests/test_errors.py -k kernel_backends"),
     Mutant("dweight in float32 for every weight", API, 'out["dweight"].astype(weight.dtype)', 'out["dweight"]', NUMERICS + "test_dtypes"),
     Mutant("tail cotangent counted", REF, "f32(dy[..., : n.shape[-1]])", "f32(dy[..., : n.shape[-1]]) + 0 * f32(dy[..., -1:])", NUMERICS + "pad64"),
+)  # fmt: skip
+
+ROPE, QK = "jaxnorm/_ref/rope.py", "jaxnorm/_ref/qk.py"
+ON_CPU, SIMT, INTERPRETED = "tests/test_rope.py -k ", "tests/test_hip_rope_simt.py -k ", "tests/test_triton_rope.py -k "
+MUTANTS += (
+    Mutant("cos and sin swapped in gptj", ROPE, "out = jnp.stack([first * cos - second * sin, second * cos + first * sin], -1)",
+           "out = jnp.stack([first * sin - second * cos, second * sin + first * cos], -1)", ON_CPU + "gptj"),
+    Mutant("positions beyond the table take its last row", ROPE, "inside = ((positions >= 0) & (positions < rows))[..., None]",
+           "inside = jnp.full(positions.shape, True)[..., None]", ON_CPU + "beyond_the_table"),
+    Mutant("interleaved sections without their limit", ROPE, "j % 3 if j < 3 * sections[j % 3] and j % 3 else 0", "j % 3", ON_CPU + "components"),
+    Mutant("norm over what is rotated", QK, "n = n * jax.lax.rsqrt(row_sum(n * n) / x.shape[-1] + eps)",
+           "n = n * jax.lax.rsqrt(row_sum(n[..., : 2 * cos.shape[-1]] ** 2) / (2 * cos.shape[-1]) + eps)", "tests/test_qk.py -k 256:64"),
+    Mutant("no rounding before the rotation", QK, "ref.rotate(rounded(n, x.dtype), cos", "ref.rotate(n, cos", "tests/test_qk.py -k against_the_oracle"),
+    Mutant("offset of heads forgotten in the backward", QK, "gw = g if weight is None else g * (f32(weight) + weight_offset)",
+           "gw = g if weight is None else g * f32(weight)", "tests/test_qk.py -k against_the_oracle"),
+    Mutant("cotangent turned the wrong way", QK, "ref.rotate(f32(dy), cos, sin, style, inverse=True)", "ref.rotate(f32(dy), cos, sin, style)",
+           "tests/test_qk.py -k against_the_oracle"),
+    Mutant("sums of k over the heads of q", "jaxnorm/_api/qk.py", 'f"{config.tokens} h{i}") for i in weights', 'f"{config.tokens} h0") for i in weights',
+           "tests/test_rope_sharding.py -k kv-heads-whole"),
+    Mutant("past the last head is written", "csrc/include/jaxnorm/rope.h", "lane, active && Deal::has(unit, u), out);", "lane, active, out);", SIMT + "every_deal"),
+    Mutant("rest not kept", "csrc/include/jaxnorm/rope.h", "if constexpr (S::R < S::D) {", "if constexpr (false) {", SIMT + "special_values"),
+    Mutant("a table of 32-bit rows", "csrc/include/jaxnorm/rope.h", "return row >= 0 && row < (long long)rows;", "return u32(row) <= rows;", SIMT + "special_values"),
+    Mutant("other heads in the sum", "kernels/qk.py", "s_first += tl.where(live, g_first * first, 0.0)", "s_first += tl.where(live, g_first, 0.0)", INTERPRETED + "backward"),
+    Mutant("cos and sin swapped in a kernel", "kernels/_heads.py", "b = second * cos + first * sin", "b = second * sin + first * cos", INTERPRETED + "forward"),
 )  # fmt: skip
