@@ -67,7 +67,8 @@ def test_the_baseline_is_clean() -> None:
     for key, targets in BASE["kernels"].items():
         for target, f in targets.items():
             assert f["scratch"] == f["spills"] == 0, (key, target)
-            assert "16" in f["loads"], (key, target)
+            # What puts statistics of parts together reads few bytes.
+            assert "16" in f["loads"] or "combine" in f["kernel"], (key, target)
 
 
 GOOD = {"scratch": 0, "spills": 0, "barriers": 1, "occupancy": 8, "loads": {"16": 4, "4": 1}, "stores": {"16": 2}}
@@ -85,6 +86,10 @@ WORSE = [
 @pytest.mark.parametrize(("change", "words"), WORSE)
 def test_a_regression_is_seen(change: dict, words: str) -> None:
     assert any(words in text for text in report.regressions(GOOD, GOOD | change))
+
+
+def test_the_baseline_is_written_as_it_is_read() -> None:
+    assert report.BASELINE.read_text() == report.dump(BASE)
 
 
 def test_an_improvement_is_none() -> None:

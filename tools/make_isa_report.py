@@ -44,14 +44,19 @@ class Subject:
     """The kernels of the backward instead."""
 
 
-def _norm(rows: int, n: int, residual: bool = False, **more: Any) -> dict[str, Any]:
+def _norm(rows: int, n: int, residual: bool = False, bias: str = "", **more: Any) -> dict[str, Any]:
     args: dict[str, Any] = {"x": f"{BF16}[..., {n}]", "weight": f"{BF16}[{n}]"}
+    if bias:
+        args["bias"] = bias
     if residual:
         args["residual"] = args["x"]
     return {"args": args, "rows": rows, "options": {}} | more
 
 
 BOTH = ("hip", "triton")
+_WHERE = {"positions": "int32[...]", "cos_sin": f"{F32}[8192, 128]"}
+_QK = {"q": f"{BF16}[..., 32, 128]", "k": f"{BF16}[..., 8, 128]", "q_weight": f"{BF16}[128]", "k_weight": f"{BF16}[128]",
+       **_WHERE}  # fmt: skip
 MX = {"dtype": "fp4", "group_size": 32, "scale_dtype": "e8m0", "scale_layout": "shuffled"}
 SUBJECTS: tuple[Subject, ...] = (
     Subject("rmsnorm 8192x4096", "rmsnorm", **_norm(8192, 4096), backends=BOTH),
@@ -66,6 +71,19 @@ SUBJECTS: tuple[Subject, ...] = (
             **_norm(8192, 4096, options={"spec": {"dtype": "int8", "group_size": 128}})),
     Subject("rmsnorm_quant 8192x4096 mxfp4", "rmsnorm_quant", **_norm(8192, 4096, options={"spec": MX})),
     Subject("quantize 8192x4096 fp8", "quantize", {"x": f"{BF16}[..., 4096]"}, {"spec": {"dtype": "fp8"}}, 8192),
+    Subject("layernorm 8192x4096", "layernorm", **_norm(8192, 4096, bias=f"{BF16}[4096]"), backends=BOTH),
+    Subject("layernorm backward 8192x4096", "layernorm", **_norm(8192, 4096, bias=f"{BF16}[4096]"), grad=True),
+    Subject("groupnorm 2x64x64x320 silu", "groupnorm", {"x": f"{BF16}[..., 64, 64, 320]", "weight": f"{BF16}[320]",
+            "bias": f"{BF16}[320]"}, {"num_groups": 32, "activation": "silu"}, 2, backends=BOTH),
+    Subject("rope 8192x(32+8)x128", "rope", {"x": [f"{BF16}[..., 32, 128]", f"{BF16}[..., 8, 128]"], **_WHERE}, {}, 8192,
+            backends=BOTH),
+    Subject("qk_norm_rope 8192x(32+8)x128", "qk_norm_rope", _QK, {}, 8192, backends=BOTH),
+    Subject("qk_norm_rope backward 8192x(32+8)x128", "qk_norm_rope", _QK, {}, 8192, grad=True),
+    Subject("qk_norm_rope_cache 8192x(32+8)x128 int8", "qk_norm_rope_cache", {
+                "qkv": f"{BF16}[..., {48 * 128}]", "q_weight": f"{BF16}[128]", "k_weight": f"{BF16}[128]", **_WHERE,
+                "slots": "int32[...]", "cache": {"KVCache": {"num_pages": 1024, "page_size": 16, "num_kv_heads": 8,
+                                                             "head_dim": 128, "dtype": "int8", "quant": "per_token"}}},
+            {"num_q_heads": 32, "num_kv_heads": 8}, 8192, backends=BOTH),
 )  # fmt: skip
 
 
@@ -249,6 +267,16 @@ def _row(target: str, f: dict[str, Any]) -> list[str]:
     return [target, *map(str, counted + more), number(model.get("memory")), number(model.get("issue"))]
 
 
+def dump(data: dict[str, Any]) -> str:
+    """JSON with a line for each kernel and target, so that a change can be read."""
+    kernels = []
+    for key, targets in data["kernels"].items():
+        lines = ",\n".join(f"   {json.dumps(t)}: {json.dumps(f)}" for t, f in targets.items())
+        kernels.append(f"  {json.dumps(key)}: {{\n{lines}\n  }}")
+    body = ",\n".join(kernels)
+    return f'{{\n "compilers": {json.dumps(data["compilers"])},\n "kernels": {{\n{body}\n }}\n}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
@@ -262,7 +290,7 @@ def main() -> None:
         merged = kept | json.loads(json.dumps(new))
         kernels = dict(sorted(merged.items(), key=lambda kv: (order.index(kv[0].rsplit(" | ", 1)[0]), kv[0])))
         data = {"compilers": compilers(), "kernels": kernels}
-        BASELINE.write_text(json.dumps(data, indent=1) + "\n")
+        BASELINE.write_text(dump(data))
     PAGE.write_text(render(data))
 
 
