@@ -38,7 +38,7 @@ PYTEST := $(PY) -m pytest -q --timeout=900
 WORKERS ?= 2
 OUT ?= benchmarks/results
 # What make test installs and therefore must not skip.
-REQUIRE := triton,jax_triton,jaxlib_gpu_triton,hip,nvrtc,launcher,gxx,demo,minilm,matplotlib,setuptools,ruff,pyright,clang_format,devices=8
+REQUIRE := triton,jax_triton,jaxlib_gpu_triton,hip,nvrtc,launcher,gxx,demo,flax,minilm,matplotlib,setuptools,ruff,pyright,clang_format,devices=8
 
 .PHONY: help
 help: ## this list

@@ -243,7 +243,7 @@ def normed(style="neox", **options):
     return q, k, qkv[:, HQ + HK :]
 
 
-@pytest.mark.parametrize("kind", ["auto", "fp8", "fp8_e4m3", "int8"])
+@pytest.mark.parametrize("kind", ["auto", "fp8_e4m3", "int8"])
 def test_cache_with_scales_per_token(kind):
     qkv, qw, kw, table, positions, slots = tokens()
     quant = None if kind == "auto" else "per_token"
@@ -354,9 +354,8 @@ def test_sizes_given_twice_are_checked():
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("rows", [8, 6])
-def test_distributed(rows):
-    """Four ranks; with 6 rows the last rank has none. Against one device that adds up the partial sums in rank order."""
+def test_distributed(rows=6):
+    """Four ranks of two rows; the last has none. Against one device that adds up the partial sums in rank order."""
     mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     g = cases.rng(12)
     parts, w = jnp.asarray(cases.normal(g, (4, rows, 64), "bfloat16")), jnp.asarray(cases.weight(g, 64, "float32"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("flax", reason="needs flax: pip install flax")
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from examples import flax_training, quantised_inference, quickstart, sharded_inference, swap  # noqa: E402

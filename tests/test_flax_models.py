@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import cases
-import flax.linen as fl
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx as fn
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+
+fl, fn = (pytest.importorskip(f"flax.{name}", reason="needs flax: pip install flax") for name in ("linen", "nnx"))
+ocp = pytest.importorskip("orbax.checkpoint", reason="needs flax: it brings orbax-checkpoint")
 
 
 class Block(fn.Module):

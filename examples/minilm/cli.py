@@ -101,7 +101,8 @@ def run(
         )
         if explain:
             ids, mask = encoder.tokens([query])
-            console.print(str(jaxnorm.explain(lambda p: encoder.function(p, tokens=ids, mask=mask), encoder.params)))
+            found = jaxnorm.explain(lambda p: encoder.function(p, tokens=ids, mask=mask), encoder.params)
+            console.print(str(found), markup=False, soft_wrap=True)
 
 
 def read(path: Path | None) -> list[str]:
