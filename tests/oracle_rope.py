@@ -92,9 +92,6 @@ class Case:
             *xs, a.get("w0"), a.get("w1"), *where, eps=self.eps, style=self.style, weight_offset=self.offset,
             mrope_sections=self.sections, mrope_interleaved=self.interleaved, backend=backend)  # fmt: skip
 
-    def differentiated(self) -> tuple[str, ...]:
-        return tuple(n for n in self.arrays() if n[0] in "xw")
-
     # ---- the definition
 
     def angles(self, a: Arrays) -> tuple[np.ndarray, np.ndarray]:
@@ -205,6 +202,25 @@ class Case:
             f"w{i}": out[f"dw{i}"] for i in each if f"dw{i}" in out
         }
         return self.check_gradients(a, gradients, what)
+
+
+def run(
+    case: Case | TwoStream, a: dict[str, Any], backend: str | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(results, gradients of ``sum(y_i * g_i)`` by name) in one jitted program."""
+    import jax
+    import jax.numpy as jnp
+
+    two = isinstance(case, TwoStream)
+    names = [n for n in a if n[0] in ("qk" if two else "xw")]
+    cotangents = [f"g{n}" for n in ("qk" if two else range(len(case.heads)))]
+
+    def both(a: dict[str, Any]) -> Any:
+        f = lambda *v: case.call(a | dict(zip(names, v, strict=True)), backend)  # noqa: E731
+        results, pull = jax.vjp(f, *(a[n] for n in names))
+        return results, dict(zip(names, pull(tuple(a[n] for n in cotangents)), strict=True))
+
+    return jax.jit(both)(jax.tree.map(jnp.asarray, a))
 
 
 def component(j: int, sections: tuple[int, int, int] | None, interleaved: bool) -> int:

@@ -13,23 +13,9 @@ import oracle
 import oracle_rope
 import pytest
 import tolerances
-from oracle_rope import BF16, F32, Case, TwoStream
+from oracle_rope import BF16, F32, Case, TwoStream, run
 
 import jaxnorm as jn
-
-
-def run(case: Case | TwoStream, a):
-    """(results, gradients by name) of one program."""
-    two = isinstance(case, TwoStream)
-    names = [n for n in a if n[0] in ("qk" if two else "xw")]
-    grads = [a[f"g{n}"] for n in ("qk" if two else "01")]
-
-    def both(a):
-        results, pull = jax.vjp(lambda *v: case.call(a | dict(zip(names, v, strict=True))), *(a[n] for n in names))
-        return results, pull(tuple(grads))
-
-    results, gradients = jax.jit(both)(jax.tree.map(jnp.asarray, a))
-    return results, dict(zip(names, gradients, strict=True))
 
 
 @pytest.mark.parametrize("case", oracle_rope.quick(oracle_rope.QK_CASES, (1, 2, 3, 4, 8, 11)), ids=str)

@@ -14,27 +14,15 @@ import numpy as np
 import oracle_rope
 import pytest
 import tolerances
-from oracle_rope import BF16, F32, Case
+from oracle_rope import BF16, F32, Case, run
 
 import jaxnorm as jn
-
-
-def run(case: Case, a):
-    """(results, gradients by name) of one program."""
-    names = case.differentiated()
-
-    def both(a):
-        results, pull = jax.vjp(lambda *v: case.call(a | dict(zip(names, v, strict=True))), *(a[n] for n in names))
-        return results, pull(tuple(a[f"g{i}"] for i in range(len(case.heads))))
-
-    results, gradients = jax.jit(both)(a)
-    return results, dict(zip(names, gradients, strict=True))
 
 
 @pytest.mark.parametrize("case", oracle_rope.quick(oracle_rope.ROPE_CASES, (1, 2, 3, 5, 7, 9, 10)), ids=str)
 def test_against_the_oracle(case):
     a = case.arrays()
-    results, gradients = run(case, jax.tree.map(jnp.asarray, a))
+    results, gradients = run(case, a)
     case.check(a, results)
     case.check_gradients(a, gradients)
 

@@ -38,6 +38,10 @@ def parts(problem: Problem) -> list[Part]:
         table = f"cos_sin{name[1]}" if two else "cos_sin"
         found.append(Part(name, shape[-2], math.prod(shape[:-2]), problem.dtype(name), problem.shape(table)[-1]))
     for part in found:
+        if not isinstance(part.tokens, int):
+            raise Unsupported(
+                f"the number of tokens is symbolic ({part.tokens}), and a kernel is launched for a known number."
+            )
         if part.heads < 1 or part.tokens < 1:
             raise Unsupported("there are no heads to launch a kernel for.")
         if part.heads * part.tokens > MAX_UNITS:

@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import cases  # noqa: E402
 import cases_layernorm  # noqa: E402
+import oracle_rope  # noqa: E402
 from oracle_quant import Case  # noqa: E402
 from workloads import check  # noqa: E402
 
@@ -62,6 +63,12 @@ def layernorm_cases():
     yield cases_layernorm.Case(31744, (3,), weight="", x_bias="float32")
 
 
+def heads_cases():
+    """Several arrays, parts of a head, both styles, three positions, positions beyond the table, lanes without a part, streams."""
+    rope, qk = oracle_rope.ROPE_CASES, oracle_rope.QK_CASES
+    return [*(rope[i] for i in (2, 5, 6, 10)), *(qk[i] for i in (2, 3, 4, 7, 11)), oracle_rope.TWO_CASES[1]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("triton", "hip"), required=True)
@@ -72,6 +79,12 @@ def main() -> None:
     for quantised in list(cases_layernorm.quant_cases())[1::5]:
         data = quantised.arrays()
         quantised.check(data, quantised.run(data, arguments.backend))
+    for heads in heads_cases():
+        given = heads.arrays()
+        results, gradients = oracle_rope.run(heads, given, arguments.backend)
+        heads.check(given, *(results if isinstance(heads, oracle_rope.TwoStream) else (results,)))
+        heads.check_gradients(given, gradients)
+        print("ok", heads, flush=True)
     for work in workloads(arguments.full):
         check(work, arguments.backend)
         print("ok", work.id, flush=True)

@@ -13,7 +13,7 @@ import oracle_rope
 import pytest
 import tolerances
 from driver import Driver, run_guarded
-from oracle_rope import BF16, F16, F32, Case, TwoStream
+from oracle_rope import BF16, F16, F32, Case, TwoStream, run
 
 import jaxnorm as jn
 from jaxnorm import _explain, _launch
@@ -35,28 +35,12 @@ CASES = oracle_rope.ROPE_CASES + oracle_rope.QK_CASES + LARGE
 TWO = [*oracle_rope.TWO_CASES, TwoStream(2, (128, 300), (24, 24), 128, weights=(BF16,) * 4)]
 
 
-def both(case, a, backend):
-    """Results and gradients by name."""
-    two = isinstance(case, TwoStream)
-    names = [n for n in a if n[0] in ("qk" if two else "xw")]
-    count = 2 if two else len(case.heads)
-    grads = [a[f"g{n}"] for n in ("qk" if two else map(str, range(count)))]
-
-    def run(a):
-        f = lambda *v: case.call(a | dict(zip(names, v, strict=True)), backend)  # noqa: E731
-        results, pull = jax.vjp(f, *(a[n] for n in names))
-        return results, pull(tuple(grads))
-
-    results, gradients = jax.jit(run)(jax.tree.map(jnp.asarray, a))
-    return results, dict(zip(names, gradients, strict=True))
-
-
 @backends
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_oracle(case, backend):
     with jax.enable_x64(case.index == "int64"):
         a = case.arrays()
-        results, gradients = both(case, a, backend)
+        results, gradients = run(case, a, backend)
         case.check(a, results, backend)
         case.check_gradients(a, gradients, backend)
 
@@ -65,7 +49,7 @@ def test_against_the_oracle(case, backend):
 @pytest.mark.parametrize("case", TWO, ids=str)
 def test_two_streams_against_the_oracle(case, backend):
     a = case.arrays()
-    (q, k), gradients = both(case, a, backend)
+    (q, k), gradients = run(case, a, backend)
     case.check(a, q, k, backend)
     case.check_gradients(a, gradients, backend)
 
@@ -100,13 +84,13 @@ def test_a_token_has_the_same_bits_in_any_batch(case, backend):
     def cut(t):
         return {n: v[:t] if n[0] in "xgp" else v for n, v in a.items()}
 
-    whole, gradients = both(case, a, backend)
+    whole, gradients = run(case, a, backend)
     for t in (1, 7, 1000):
-        few, few_gradients = both(replace(case, lead=(t,)), cut(t), backend)
+        few, few_gradients = run(replace(case, lead=(t,)), cut(t), backend)
         for i in range(len(case.heads)):
             tolerances.assert_same_bits(few[i], whole[i][:t], f"y{i} of {t}")
             tolerances.assert_same_bits(few_gradients[f"x{i}"], gradients[f"x{i}"][:t], f"dx{i} of {t}")
-    again, again_gradients = both(case, a, backend)
+    again, again_gradients = run(case, a, backend)
     for one, other in zip(jax.tree.leaves((whole, gradients)), jax.tree.leaves((again, again_gradients)), strict=True):
         tolerances.assert_same_bits(one, other, "two runs")
 
@@ -124,7 +108,7 @@ def test_one_launch(backend):
         b = jax.tree.map(jnp.asarray, batch.arrays())
         text = jax.jit(lambda b, batch=batch: batch.call(b, backend)).lower(b).compile().as_text()
         assert hlo.launches(text) == 1 and not re.search(r"= \S+ (copy|fusion)\(", text), text
-    text = jax.jit(lambda a: both(case, a, backend)).lower(a).compile().as_text()
+    text = jax.jit(lambda a: run(case, a, backend)).lower(a).compile().as_text()
     assert hlo.launches(text) == 3, hlo.custom_calls(text)
 
 
