@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,6 +137,13 @@ MODELS = {
     "gpt2-xl": Case(1600),
     "vit-l": Case(1024, options={"eps": 1e-6}, residual=F32),
 }
+
+
+def thinned(found: Iterable[Any], each: int, name=str) -> list[Any]:
+    """Parameters of a test: one in ``each`` runs by default, the others are slow."""
+    import pytest
+
+    return [pytest.param(c, id=name(c), marks=[pytest.mark.slow] if i % each else []) for i, c in enumerate(found)]
 
 
 def dtype_cases() -> Iterator[Case]:

@@ -11,7 +11,7 @@ import numpy as np
 import oracle_layernorm as oracle
 import pytest
 import tolerances
-from cases_layernorm import MODELS, NONE, Case, dtype_cases, mean_cases, option_cases
+from cases_layernorm import MODELS, NONE, Case, dtype_cases, mean_cases, option_cases, thinned
 from registry import with_gradients
 
 import jaxnorm
@@ -23,12 +23,12 @@ def ids(found):
     return [pytest.param(c, id=str(c)) for c in found]
 
 
-@pytest.mark.parametrize("case", ids(dtype_cases()))
+@pytest.mark.parametrize("case", thinned([*dtype_cases()][::-1], 2))
 def test_dtypes(case):
     case.check()
 
 
-@pytest.mark.parametrize("case", ids(option_cases()))
+@pytest.mark.parametrize("case", thinned(option_cases(), 4))
 def test_options(case):
     case.check()
 
@@ -46,7 +46,7 @@ def test_a_mean_far_above_the_deviation(case):
 
 @pytest.mark.parametrize("case", ids([
     *(Case(n, (3,), cases.FLOATS[n % 3], F32 if n % 2 else NONE, F32, F32, BF16 if n % 3 else NONE)
-      for n in (1, 2, 3, 7, 31, 97, 409, 769, 1245, 5125)),
+      for n in (1, 2, 7, 31, 769, 5125)),
     *(Case(33, lead, residual=F32, x_bias=F32) for lead in ((), (2, 3, 5), (0, 4))),
     Case(33, (2, 3), options={"pad_to_multiple": 32}),
 ]))  # fmt: skip
@@ -54,7 +54,7 @@ def test_shapes(case):
     case.check()
 
 
-@pytest.mark.parametrize("features", [31744, 65536, 131072])
+@pytest.mark.parametrize("features", [31744, pytest.param(65536, marks=pytest.mark.slow), 131072])
 def test_long_rows(features):
     Case(features, (2,), residual=F32, x_bias=F32, mean=40.0).check(gradients=features < 65536)
 
@@ -63,7 +63,7 @@ def test_long_rows(features):
 def test_constant_rows_give_the_bias(eps):
     """The deviations of a constant row are the rounding of its own mean, which e takes out again; its variance is not negative."""
     values = np.array([0.0, 0.1, -3.3, 1e4 + 0.3, 1e30, 1e-30], np.float32)
-    for features in (1, 3, 127, 384, 769):
+    for features in (1, 3, 384):
         x = np.repeat(values[:, None], features, 1)
         b = cases.normal(cases.rng(), (features,), F32)
         y = np.asarray(jaxnorm.layernorm(x, np.full(features, 1.5, np.float32), b, eps=eps))
@@ -144,9 +144,9 @@ def test_gradients_by_finite_differences():
             np.testing.assert_allclose(np.asarray(gradient)[index], slope, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ids([
+@pytest.mark.parametrize("case", thinned([
     Case(130, (9,), residual=F32, x_bias=F32, weight=F32), Case(130, (9,), F32, mean=1e3),
-]))  # fmt: skip
+], 2))  # fmt: skip
 def test_jit_and_eager_and_company_give_the_same_bits(case):
     """Also a row alone, and rows in another number."""
     a, cts = case.arrays(), case.cotangents()

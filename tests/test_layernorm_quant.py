@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
-from cases_layernorm import quant_case, quant_cases
+from cases_layernorm import quant_case, quant_cases, thinned
 
 import jaxnorm
 from jaxnorm import QuantSpec
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in quant_cases()])
+@pytest.mark.parametrize("case", thinned(quant_cases(), 2, lambda c: c.id))
 def test_against_the_oracle(case):
     arrays = case.arrays()
     case.check(arrays, case.run(arrays))
 
 
-@pytest.mark.parametrize("lead", [(), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("lead", [(), (0,)], ids=str)
 def test_leading_dims(lead):
     case = quant_case(QuantSpec("int8"), features=64, lead=lead, residual_dtype="float32", keep=True)
     arrays = case.arrays()
