@@ -210,9 +210,7 @@ constexpr auto kExecute = [](void* stream, ffi::RemainingArgs args, ffi::Remaini
 };
 #else
 // For tests on the CPU platform, over a fake driver: no stream, no initialize stage, and no device that XLA has set.
-auto BindExecute() {
-  return Attributes(ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().RemainingArgs().RemainingRets());
-}
+auto BindExecute() { return Attributes(ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().RemainingArgs().RemainingRets()); }
 constexpr auto kExecute = [](int32_t ordinal, ffi::RemainingArgs args, ffi::RemainingRets rets, auto... attributes) {
   const Call c{attributes...};
   PeerDriver::Get(c.hip()).MakeCurrent(ordinal);

@@ -54,6 +54,7 @@ class Group {
 
   // Empty, or why the group must not be used: a kernel's wait failed.
   std::string Broken() const {
+    std::lock_guard<std::mutex> lock(mutex_);
     for (int r : local_) {
       const volatile uint32_t* word = words_[r];
       const uint32_t code = word == nullptr ? 0 : *word;
@@ -244,7 +245,7 @@ class Group {
   const Key key_;
   const int64_t process_;
   std::set<int> local_;
-  std::mutex mutex_;  // of everything below
+  mutable std::mutex mutex_;  // of everything below
   std::condition_variable changed_;
   std::set<int> meeting_;
   uint64_t turn_ = 0;

@@ -93,7 +93,12 @@ class PeerDriver {
 
   int LoadModule(void** module, const void* image) const { return load_module_(module, image); }
   int GetFunction(void** function, void* module, const char* name) const {
-    return get_function_(function, module, name);
+    if (int status = get_function_(function, module, name)) return status;
+    // A driver that loads code at the first launch would do it while another device of the group already waits.
+    int registers = 0;
+    if (load_function_) return load_function_(*function);
+    if (function_attribute_) function_attribute_(&registers, kRegisters, *function);
+    return 0;
   }
   int Launch(void* function, unsigned blocks, unsigned threads, unsigned shared, void* stream, void** params) const {
     return launch_(function, blocks, 1, 1, threads, 1, 1, shared, stream, params, nullptr);
@@ -118,6 +123,7 @@ class PeerDriver {
 
  private:
   static constexpr int kInvalidContext = 201, kAlreadyEnabled = 704;
+  static constexpr int kRegisters = 4;  // CU_FUNC_ATTRIBUTE_NUM_REGS
   static constexpr unsigned kUncached = 3, kPortableMapped = 3, kLazyPeerAccess = 1;
 
   explicit PeerDriver(bool hip) : hip_(hip) {
@@ -158,6 +164,8 @@ class PeerDriver {
       Find(library, "cuCtxEnablePeerAccess", &enable_context_);
       Find(library, "cuMemAlloc_v2", &allocate_);
       Find(library, "cuMemsetD8_v2", &memset_cuda_);
+      Find(library, "cuFuncLoad", &load_function_, false);
+      Find(library, "cuFuncGetAttribute", &function_attribute_, false);
       Find(library, "cuGetErrorName", &cuda_error_name_, false);
     }
   }
@@ -192,6 +200,8 @@ class PeerDriver {
   int (*get_function_)(void**, void*, const char*) = nullptr;
   int (*launch_)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                  void**) = nullptr;
+  int (*load_function_)(void*) = nullptr;
+  int (*function_attribute_)(int*, int, void*) = nullptr;
   int (*attribute_)(int*, int, int) = nullptr;
   const char* (*hip_error_name_)(int) = nullptr;
   int (*cuda_error_name_)(int, const char**) = nullptr;
