@@ -179,7 +179,7 @@ def _spec_constants(problem: Problem) -> Constants:
 
 
 def _shared(problem: Problem, lanes: int) -> int:
-    """Two sums, the maxima (RankNorm::shared_bytes) and the verdicts of a wait."""
+    """Two sums and maxima (RankNorm::shared_bytes), and the verdicts of a wait."""
     wave, chunks, spec = wave_size(problem.target), problem.features // vector(problem), problem.option("spec")
     entries = 0
     if spec is not None and lanes > wave:
@@ -188,7 +188,7 @@ def _shared(problem: Problem, lanes: int) -> int:
             entries = lanes // wave
         elif group > wave:
             entries = _ceil(chunks, wave)
-    return 2 * _sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16 + 32
+    return 2 * (_sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16) + 32
 
 
 def _launch(problem: Problem, t: Tuning) -> Launch:

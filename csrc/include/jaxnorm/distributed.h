@@ -21,6 +21,7 @@ template <class X, class R, int V, int RANKS, int COPIES> struct RankSource {
     float f[V];
   };
   using XType = X;
+  static constexpr bool BIASED = false;
   const char* part[RANKS];
   const char* residual;
   char* out[COPIES];
@@ -184,12 +185,12 @@ template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, 
   template <class Src, int COPIES> using Work = QuantRow<S, Q, Src, RmsNorm<N>, Weights, SpreadCodes<S, Q, COPIES>>;
   static constexpr int sum_bytes = S::Sum::bytes;
   static constexpr int maxima_bytes = QUANT ? Work<Source<2, 1>, 1>::bytes : 0;
-  static constexpr int shared_bytes = 2 * sum_bytes + maxima_bytes;
+  static constexpr int exchange_bytes = sum_bytes + maxima_bytes, shared_bytes = 2 * exchange_bytes;
 
   RmsNorm<N> norm;
   const char* weight;
   float offset, bound;
-  u32 turn = 0;  // which of two buffers the next sum uses: one barrier a sum is then enough
+  u32 turn = 0;  // which of two buffers the next row uses: one barrier a row is then enough
 
   // Row `row` of the source to the same row of COPIES results.
   template <int RANKS, int RESIDUALS, int COPIES>
@@ -197,7 +198,7 @@ template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, 
                   u64 row) {
     using Src = Source<RANKS, RESIDUALS>;
     const u32 lane = thread_id();
-    float* sums = (float*)(shared_memory() + turn * sum_bytes);
+    float* sums = (float*)(shared_memory() + turn * exchange_bytes);
     turn ^= 1u;
     Row<S, Src> one{source, nullptr, row, row * N + lane * V, lane, true};
     one.issue();
@@ -206,9 +207,7 @@ template <class S, class Q, class X, class R, class W, bool QUANT, bool OFFSET, 
 #pragma unroll
       for (int d = 0; d < COPIES; ++d) store.values[d] = values[d], store.scale[d] = scale[d];
       const Weights weights{weight, nullptr, nullptr, nullptr, offset};
-      const auto state = norm.statistics(one, sums);
-      float* maxima = (float*)(shared_memory() + 2 * sum_bytes);
-      Work<Src, COPIES>{one, norm, weights, store, maxima, state}.run(nullptr, bound);
+      Work<Src, COPIES>{one, norm, weights, store, sums + sum_bytes / 4}.run(sums, nullptr, bound, [] {});
     } else {
       SpreadRows<S, X, W, COPIES, OFFSET, BEFORE> store;
       store.weight = weight, store.offset = offset;
