@@ -130,7 +130,7 @@ def test_cache_clear_of_damaged_entries_only(call, folder):
     first.write_bytes(first.read_bytes()[:-5])
     being_written = second.with_name(".new-now")
     being_written.write_bytes(b"half")
-    assert "damaged or unfinished" in call("cache", "show")[1]
+    assert "damaged, unfinished" in call("cache", "show")[1]
     assert call("cache", "clear", "--damaged")[1].startswith("deleted 1 of 4")
     assert not first.exists()
     assert being_written.exists()  # perhaps another process is just writing it
