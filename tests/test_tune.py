@@ -107,6 +107,19 @@ def test_an_entry_that_no_longer_holds_is_passed_over_with_a_note(change, said, 
     assert said in reason
 
 
+def test_a_tuned_plan_that_cannot_be_compiled_leaves_the_own_choice(gpu, tmp_path, monkeypatch):
+    about = subject()
+    write(tmp_path / "tuned", about, {plans.digest(about.problem): entry(about, about.candidates[3])})
+
+    def refuses(launch, problem, backend):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(_launch, "compile_launch", refuses)
+    plan, reason = chosen(about)
+    assert plan == about.candidates[0]
+    assert "it does not compile here (no compiler)" in reason
+
+
 def test_a_table_of_another_device_or_without_a_device_says_nothing(gpu, tmp_path, monkeypatch):
     about = subject()
     write(tmp_path / "tuned", about, {plans.digest(about.problem): entry(about, about.candidates[3])}, "NVIDIA H100")

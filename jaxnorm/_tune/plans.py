@@ -174,7 +174,13 @@ def choose(
     plan = next((p for p in candidates(problem) if digest(p) == entry.plan), None)
     if plan is None:
         return own, f"{passed}its plan is no candidate any more"
-    if code_digest([image(launch) for launch in plan]) != entry.code:
+    try:
+        code = code_digest([image(launch) for launch in plan])
+    except (
+        RuntimeError
+    ) as error:  # no compiler here, and no code object of it made ahead of time; the own choice may have one
+        return own, f"{passed}it does not compile here ({error})"
+    if code != entry.code:
         return own, f"{passed}this compiler makes other code"
     gain = f"{entry.us:.4g} us for {entry.own_us:.4g}"
     return (
