@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
+from pathlib import Path
 
 import hlo
 import jax
@@ -224,6 +227,17 @@ def test_quantised_results_refuse_gradients():
         f = call.sharded(mesh, "tp")
         with pytest.raises(TypeError, match=r"do not flow through quantisation.*spec=None"):
             jax.grad(lambda a, pick=pick, f=f: pick(*f(a)).astype(jnp.float32))(call.inputs())
+
+
+def test_signatures():
+    """The page's block is the code's signatures."""
+    page = (Path(__file__).parents[1] / "docs/ops/distributed.md").read_text()
+    scope: dict = {}
+    exec(re.search(r"```python signatures\n(.*?)```", page, re.DOTALL)[1], scope)
+    known = [n for n in distributed.__all__ if n != "FusedCallError"]
+    for name in known:
+        of = [(p.name, p.kind, p.default) for p in inspect.signature(getattr(distributed, name)).parameters.values()]
+        assert of == [(p.name, p.kind, p.default) for p in inspect.signature(scope[name]).parameters.values()], name
 
 
 def test_errors():
