@@ -23,7 +23,7 @@ KERNELS = {
     "partials-last": ("groupnorm_fwd", PARTS, 0),
     "apply-last": ("groupnorm_fwd", PARTS, 1),
     "chip-last": ("groupnorm_fwd", CHIP, 0),
-    "chip-first": ("groupnorm_fwd", PARTS.first, 0),
+    "chip-first": ("groupnorm_fwd", SD_UNET[0].first, 0),
     "apply-first": ("groupnorm_fwd", SD_VAE[2].first, 1),
     "sums-last": ("groupnorm_bwd", PARTS, 0),
     "dx-last": ("groupnorm_bwd", PARTS, 1),
@@ -72,7 +72,7 @@ def test_hip_candidates_fit():
             problem = case.problem(stage)
             plans = groupnorm_hip.candidates(problem)
             assert plans[0] == groupnorm_hip.plan(problem)
-            assert len(plans) == len(set(plans)) > 4
+            assert len(plans) == len(set(plans)) > 2
             for launch in (k for plan in plans for k in plan):
                 assert launch.shared <= shared_memory("sm_90")
                 assert 0 < launch.threads <= 1024 and launch.threads % 32 == 0

@@ -15,8 +15,10 @@ JN_CONST int largest_power_of_2_in(int n, int most) {
   return p;
 }
 
-// to[s] = sum of from[s * PER .. s * PER + PER - 1]; a barrier before, none behind. All waves of the block take part.
-template <int COUNT, int PER, int THREADS> JN_DEV void segment_sums(const float* from, float* to, u32 thread) {
+// to[s] = sum of from[at(s, i)], i = 0 .. PER - 1, for COUNT segments; a barrier before, none behind. All waves of the
+// block take part.
+template <int COUNT, int PER, int THREADS, class At>
+JN_DEV void segment_sums(const float* from, float* to, u32 thread, At at) {
   constexpr int SUB = min_of(kWave, next_power_of_2(PER)), EACH = kWave / SUB, AT_ONCE = THREADS / kWave * EACH;
   const u32 lane = thread % SUB, first = thread / SUB;
   barrier();
@@ -26,7 +28,7 @@ template <int COUNT, int PER, int THREADS> JN_DEV void segment_sums(const float*
     float sum = 0.f;
     if (segment < u32(COUNT)) {
 #pragma unroll 4
-      for (u32 i = lane; i < u32(PER); i += SUB) sum += from[segment * PER + i];
+      for (u32 i = lane; i < u32(PER); i += SUB) sum += from[at(segment, i)];
     }
     sum = lanes_sum<SUB / 2>(sum);
     if (segment < u32(COUNT) && lane == 0) to[segment] = sum;
@@ -43,8 +45,15 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
   static constexpr int THREADS = ceil_div(Q * J, kWave) * kWave, WAVES = THREADS / kWave;
   static constexpr int G = C / CG, GROUPS = TILE / CG, PER = Q * (CG / U);
   static constexpr int PARTS = ceil_div(S, PART), TILES = ceil_div(C, TILE), STEPS = ceil_div(PART, Q* K);
-  static constexpr int SLOTS = G;  // units of work of one example that share sums: here its groups
-  static JN_CONST int sum_floats(int n) { return n * (GROUPS * PER + GROUPS); }
+  static constexpr int EACH = CG / U, ROW = J * UNITS;
+  // Few lanes to a column: a thread adds up a column, then a reader the columns of its group. Many: waves take groups.
+  static constexpr bool BY_COLUMN = Q <= 32 && EACH <= 16;
+  // Sums wait in shared memory as [n][q][unit], rows WIDTH apart: waves that read the units of a group over several q
+  // then seldom meet in a bank.
+  static constexpr int WIDTH = BY_COLUMN || ROW < 32 ? ROW : ROW + (ceil_div(EACH, UNITS) * UNITS - ROW % 32 + 32) % 32;
+  static JN_CONST int sum_floats(int n) { return ceil_div(n * (Q * WIDTH + (BY_COLUMN ? WIDTH : GROUPS)), 4) * 4; }
+  // groups that a chunk can meet
+  static constexpr int MET = CG % V == 0 ? 1 : min_of(UNITS, (V - 2) / CG + 2);
   static_assert(C % CG == 0 && C % V == 0 && TILE % V == 0 && TILE % CG == 0, "whole groups and chunks");
 
   u64 batch;
@@ -57,46 +66,88 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
     const u64 rest = block / PARTS;
     tile = u32(rest % TILES);
     batch = rest / TILES;
-    live = q < u32(Q) && channel() < u32(C);
+    live = (Q * J == THREADS || q < u32(Q)) && (C % TILE == 0 || channel() < u32(C));
     start = (batch * S + u64(part) * PART + q) * C + channel();
   }
   static JN_DEV u64 blocks(u64 batches) { return batches * (TILES * PARTS); }
   JN_DEV u32 channel() const { return tile * TILE + j * V; }
   JN_DEV bool has(int step, int k) const {
     const u32 row = u32(step * K + k) * Q + q;
-    return live && row < u32(PART) && (S % PART == 0 || part * PART + row < u32(S));
+    return live && (PART % (Q * K) == 0 || row < u32(PART)) && (S % PART == 0 || part * PART + row < u32(S));
   }
   JN_DEV u64 at(int step, int k) const { return start + u64(u32(step * K + k) * Q) * C; }
   // group of a unit, within the tile and within the example
   JN_DEV u32 group(int u) const { return (j * V + u * U) / CG; }
   JN_DEV u32 whole_group(int u) const { return tile * GROUPS + group(u); }
-  // elements of a group in this part, and in the first step of it
+  // positions, and elements of a group, in this part
   JN_DEV u32 rows() const { return S % PART == 0 || part + 1 < u32(PARTS) ? u32(PART) : u32(S - (PARTS - 1) * PART); }
   JN_DEV float count() const { return float(rows()) * CG; }
-  JN_DEV float first_count() const { return float(rows() < u32(Q * K) ? rows() : u32(Q * K)) * CG; }
   static JN_DEV float part_count(u32 p) { return float(p + 1 < u32(PARTS) ? PART : S - (PARTS - 1) * PART) * CG; }
   // one thread for each group and part
   JN_DEV bool owns(int u) const { return live && q == 0 && (j * V + u * U) % CG == 0; }
 
-  // v[n][u]: sums of a unit's chunks -> sums over its group
-  template <int N> JN_DEV void totals(float (&v)[N][UNITS], float* memory) const {
-    constexpr int each = CG / U;
-    if (q < u32(Q)) {
+  // v[n][u]: sums of a unit's chunks -> sums over its group; with OWNERS for the threads q = 0 alone.
+  template <int N, bool OWNERS = false> JN_DEV void totals(float (&v)[N][UNITS], float* memory) const {
+    const bool mine = Q * J == THREADS || q < u32(Q);
+    if (mine) {
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        store_bits((char*)(memory + (n * Q + q) * WIDTH + j * UNITS), narrow<F32, UNITS>(v[n]));
+    }
+    float* sums = memory + N * Q * WIDTH;
+    if constexpr (BY_COLUMN) {
+      barrier();
+      for (u32 i = thread; i < u32(N * ROW); i += THREADS) {
+        const u32 n = i / ROW, column = i % ROW;
+        float sum = 0.f;
+#pragma unroll 8
+        for (int p = 0; p < Q; ++p) sum += memory[(n * Q + p) * WIDTH + column];
+        sums[n * WIDTH + column] = sum;
+      }
+      barrier();
+      if (OWNERS ? q != 0 : !mine) return;
+#pragma unroll
+      for (int n = 0; n < N; ++n) group_sums(sums + n * WIDTH, v[n], 1.f);
+    } else {
+      segment_sums<N * GROUPS, PER, THREADS>(memory, sums, thread, [](u32 segment, u32 i) {
+        return (segment / GROUPS * Q + i / EACH) * WIDTH + segment % GROUPS * EACH + i % EACH;
+      });
+      barrier();
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
-          const u32 unit = j * UNITS + u;
-          memory[(n * GROUPS + unit / each) * PER + q * each + unit % each] = v[n][u];
-        }
+        for (int u = 0; u < UNITS; ++u) v[n][u] = mine ? sums[n * GROUPS + group(u)] : 0.f;
     }
-    float* sums = memory + N * GROUPS * PER;
-    segment_sums<N * GROUPS, PER, THREADS>(memory, sums, thread);
+  }
+
+  // What deviations are counted from: the mean over the chunks of the threads q = 0 alone, for a barrier and few reads.
+  // v[0][u]: sums of a unit's chunks in the first step.
+  JN_DEV void sample(float (&v)[1][UNITS], float* memory) const {
+    if (q == 0) store_bits((char*)(memory + j * UNITS), narrow<F32, UNITS>(v[0]));
     barrier();
+    const u32 positions = rows() < u32(Q * K) ? (rows() + (Q - 1)) / Q : u32(K);
+    if (Q * J == THREADS || q < u32(Q)) group_sums(memory, v[0], 1.f / (float(positions) * CG));
+  }
+
+ private:
+  // v[u] = scale * the sum of the EACH columns of the unit's group
+  JN_DEV void group_sums(const float* columns, float (&v)[UNITS], float scale) const {
+    const u32 first = group(0);
+    float met[MET];
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+    for (int m = 0; m < MET; ++m) {
+      const float* at = columns + min_of(int(first) + m, GROUPS - 1) * EACH;
+      float sum = 0.f;
+#pragma unroll 8
+      for (int i = 0; i < EACH; ++i) sum += at[i];
+      met[m] = sum * scale;
+    }
 #pragma unroll
-      for (int u = 0; u < UNITS; ++u) v[n][u] = q < u32(Q) ? sums[n * GROUPS + group(u)] : 0.f;
+    for (int u = 0; u < UNITS; ++u) {
+      v[u] = met[0];
+#pragma unroll
+      for (int m = 1; m < MET; ++m) v[u] = group(u) == first + m ? met[m] : v[u];
+    }
   }
 };
 
@@ -126,7 +177,7 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
   static JN_DEV u64 blocks(u64 batches) { return batches * (u64(G) * PARTS); }
   JN_DEV bool has(int step, int k) const {
     const u32 c = u32(step * K + k) * THREADS + thread;
-    return c < u32(PART) && (CHUNKS % PART == 0 || part * PART + c < u32(CHUNKS));
+    return (PART % (THREADS * K) == 0 || c < u32(PART)) && (CHUNKS % PART == 0 || part * PART + c < u32(CHUNKS));
   }
   JN_DEV u64 at(int step, int k) const { return start + u64(u32(step * K + k) * THREADS) * V; }
   JN_DEV u32 group(int) const { return 0; }
@@ -139,7 +190,12 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
   static JN_DEV float part_count(u32 p) { return float(p + 1 < u32(PARTS) ? PART : CHUNKS - (PARTS - 1) * PART) * V; }
   JN_DEV bool owns(int) const { return thread == 0; }
 
-  template <int N> JN_DEV void totals(float (&v)[N][1], float* memory) const {
+  JN_DEV void sample(float (&v)[1][1], float* memory) const {
+    totals<1>(v, memory);
+    v[0][0] *= 1.f / first_count();
+  }
+
+  template <int N, bool OWNERS = false> JN_DEV void totals(float (&v)[N][1], float* memory) const {
     constexpr int slots = next_power_of_2(WAVES);
 #pragma unroll
     for (int n = 0; n < N; ++n) {

@@ -100,7 +100,8 @@ JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, co
       out.partials[(map.batch * M::PARTS + map.part) * (2 * M::C) + n * M::C + channel] = sum;
   }
   float* groups = totals + 2 * TILE;
-  segment_sums<2 * M::GROUPS, M::CG, M::THREADS>(totals, groups, map.thread);
+  segment_sums<2 * M::GROUPS, M::CG, M::THREADS>(totals, groups, map.thread,
+                                                 [](u32 segment, u32 i) { return segment * M::CG + i; });
   barrier();
   for (u32 i = map.thread; i < u32(2 * M::GROUPS); i += M::THREADS) {
     const u32 n = i / M::GROUPS, g = map.tile * M::GROUPS + i % M::GROUPS;

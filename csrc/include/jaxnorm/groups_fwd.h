@@ -166,10 +166,7 @@ template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, 
   add_values(map, step, pivot);
   Step<M, X> ahead;
   if constexpr (M::STEPS > 1) ahead.issue(map, x, 1);
-  map.template totals<1>(pivot, memory);
-  const float first = 1.f / map.first_count();
-#pragma unroll
-  for (int u = 0; u < M::UNITS; ++u) pivot[0][u] *= first;
+  map.sample(pivot, memory);
   float v[2][M::UNITS] = {};
   add_deviations(map, step, 0, pivot, v);
 #pragma unroll 1
@@ -178,7 +175,7 @@ template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, 
     if (s + 1 < M::STEPS) ahead.issue(map, x, s + 1);
     add_deviations(map, step, s, pivot, v);
   }
-  map.template totals<2>(v, memory + M::sum_floats(1));
+  map.template totals<2, true>(v, memory + M::sum_floats(1));
   const float share = 1.f / map.count();
 #pragma unroll
   for (int u = 0; u < M::UNITS; ++u) {
