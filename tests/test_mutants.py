@@ -14,6 +14,7 @@ import pytest
 from mutants import MUTANTS as GENERAL
 from mutants_groupnorm import MUTANTS as GROUPNORM
 from mutants_layernorm import MUTANTS as LAYERNORM
+from mutants_modules import MUTANTS as MODULES
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def passes_without_a_mutant(copy: Path, selection: str) -> bool:
     return run(copy, selection).returncode == 0
 
 
-@pytest.mark.parametrize("mutant", (*GENERAL, *GROUPNORM, *LAYERNORM), ids=lambda m: m.name.replace(" ", "-"))
+@pytest.mark.parametrize("mutant", (*GENERAL, *GROUPNORM, *LAYERNORM, *MODULES), ids=lambda m: m.name.replace(" ", "-"))
 def test_a_defect_is_found(mutant, copy):
     file = copy / mutant.file
     text = file.read_text()
