@@ -156,14 +156,18 @@ def groupnorm_partials(
     offsets, mask = _tile(tl.arange(0, POS), ch, positions, channels, S, C, LAST)
     a = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     center = _per_channel(a, LAST) / tl.minimum(positions, POS).to(tl.float32)
-    deviations = tl.zeros_like(a)
-    squares = tl.zeros_like(a)
-    for begin in tl.range(0, PART, POS, num_stages=STAGES):
-        offsets, mask = _tile(begin + tl.arange(0, POS), ch, positions, channels, S, C, LAST)
-        a = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        d = tl.where(mask, a - _along(center, LAST), 0.0)
-        deviations += d
-        squares += d * d
+    if PART == POS:  # one tile: it is still in registers
+        deviations = tl.where(mask, a - _along(center, LAST), 0.0)
+        squares = deviations * deviations
+    else:
+        deviations = tl.zeros_like(a)
+        squares = tl.zeros_like(a)
+        for begin in tl.range(0, PART, POS, num_stages=STAGES):
+            offsets, mask = _tile(begin + tl.arange(0, POS), ch, positions, channels, S, C, LAST)
+            a = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            d = tl.where(mask, a - _along(center, LAST), 0.0)
+            deviations += d
+            squares += d * d
     total = _per_channel(deviations, LAST)
     e = total / positions.to(tl.float32)
     at = partial_ptr + (batch * PARTS + part) * (3 * C) + first + ch
