@@ -20,8 +20,10 @@ os.environ["XLA_FLAGS"] = (
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 import cases  # noqa: E402
+import cases_groupnorm  # noqa: E402
 import cases_layernorm  # noqa: E402
 import oracle_rope  # noqa: E402
+import test_groupnorm  # noqa: E402
 from oracle_quant import Case  # noqa: E402
 from workloads import check  # noqa: E402
 
@@ -69,6 +71,15 @@ def heads_cases():
     return [*(rope[i] for i in (2, 5, 6, 10)), *(qk[i] for i in (2, 3, 4, 7, 11)), oracle_rope.TWO_CASES[1]]
 
 
+def groupnorm_cases():
+    """Both layouts, groups on chip and in parts, groups that straddle chunks, one channel at a time, ragged parts."""
+    yield cases_groupnorm.Case(2, (5, 7), 40, 4, silu=True)
+    yield cases_groupnorm.Case(2, (61, 67), 60, 6, silu=True)
+    yield cases_groupnorm.Case(3, (9,), 15, 5, x="float32", weight="float32")
+    yield cases_groupnorm.Case(1, (64, 70), 20, 2, last=False, silu=True)
+    yield cases_groupnorm.Case(2, (5, 7, 11), 16, 2, last=False, weight="float32")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("triton", "hip"), required=True)
@@ -85,6 +96,9 @@ def main() -> None:
         heads.check(given, *(results if isinstance(heads, oracle_rope.TwoStream) else (results,)))
         heads.check_gradients(given, gradients)
         print("ok", heads, flush=True)
+    for image in groupnorm_cases():
+        test_groupnorm.check(image, arguments.backend)
+        print("ok", image, flush=True)
     for work in workloads(arguments.full):
         check(work, arguments.backend)
         print("ok", work.id, flush=True)
