@@ -112,7 +112,12 @@ def resized(instance: Instance, kernel: Kernel, problem: Problem) -> tuple[Launc
 
 def _covers(launch: Launch, kernel: Kernel, problem: Problem) -> bool:
     covered = int({n: v for n, _, v in launch.scalars}.get("R", problem.rows))
-    blocks = -(-covered // kernel.block_rows(dict(launch.constants)))
+    constants = dict(launch.constants)
+    blocks = -(-covered // kernel.block_rows(constants))
+    if walking := int(
+        constants.get("JN_BLOCKS", 0)
+    ):  # so many blocks walk over the rows; fewer do where there are fewer rows
+        return launch.grid[:2] == (walking, 1)
     return blocks <= launch.grid[0] * launch.grid[1] < blocks + launch.grid[0] or launch.grid[:2] == (blocks, 1)
 
 

@@ -138,23 +138,25 @@ def _forward(problem: Problem) -> Forward:
 
 
 def _in_plenty(problem: Problem) -> Forward | None:
-    """Rows in plenty without a residual, where what a thread does for its row but not for an element is worth saving.
+    """Rows in plenty without a residual, where what a thread does for its row but not for an element is worth saving: four
+    chunks a thread instead of two, and for groups walking blocks.
 
-    *H200*, ratio to a copy: rmsnorm_quant fp8 131072x1024 a wave to a row 1.032, two waves 1.089; 8192x4096 walking blocks of two
-    chunks a thread 1.105, one row a block 1.303; with groups of 128 walking blocks of four chunks 1.119, of two 1.154, one row a
-    block 1.378. With a residual the memory is busy anyway (1.035 mxfp4, one row a block).
+    *H200*, ratio to a copy: rmsnorm_quant fp8 131072x1024 a wave to a row 1.032, two waves 1.089; 8192x4096 four chunks 1.040,
+    walking blocks of two 1.129; 8192x8192 1.056 and 1.051. Groups of 128: 8192x4096 walking blocks of four chunks 1.126, one row a block
+    1.227; 8192x8192 1.072 and 1.160. With a residual the memory is busy anyway (1.035 mxfp4, two chunks).
     """
     wave, chunks = wave_size(problem.target), problem.features // vector(problem)
     if not _nvidia(problem) or problem.has("residual") or _words(problem) != 8 or chunks <= wave:
         return None
-    if chunks <= 4 * wave:
-        plenty = problem.rows * wave >= 2 * compute_units(problem.target) * 1024
-        return replace(_one_wave(problem, 2), early=True) if plenty else None
-    if _group(problem):
-        ahead = _ahead(problem, 4)
-        return ahead and replace(ahead, depth=1)
-    ahead = _ahead(problem, 2)
-    return ahead and replace(ahead, early=True)
+    lanes = _round_up(_ceil(chunks, 4), wave)
+    if lanes > 512 or problem.rows * lanes < 2 * compute_units(problem.target) * 1024:
+        return None
+    if lanes == wave:
+        return replace(_one_wave(problem, 2), early=True)
+    if _group(problem) and (ahead := _ahead(problem, 4)):
+        return replace(ahead, depth=1)
+    per = _ceil(chunks, lanes)
+    return Forward(lanes, regs=per, min_blocks=_min_blocks(problem, lanes, per), early=False)
 
 
 def _one_turn(problem: Problem) -> Forward:
