@@ -23,7 +23,9 @@ app = new_app(no_args_is_help=True, help="Show, clear or fill the folder of comp
 def _groups(entries: Iterable[store.Entry]) -> dict[tuple[str, str], list[store.Entry]]:
     found: dict[tuple[str, str], list[store.Entry]] = {}
     for e in entries:
-        found.setdefault((e.target, e.name) if not e.damage else ("", "damaged, unfinished, or of another version"), []).append(e)
+        found.setdefault(
+            (e.target, e.name) if not e.damage else ("", "damaged, unfinished, or of another version"), []
+        ).append(e)
     return dict(sorted(found.items()))
 
 

@@ -142,8 +142,8 @@ def _in_plenty(problem: Problem) -> Forward | None:
     chunks a thread instead of two, and for groups walking blocks.
 
     *H200*, ratio to a copy: rmsnorm_quant fp8 131072x1024 a wave to a row 1.032, two waves 1.089; 8192x4096 four chunks 1.040,
-    walking blocks of two 1.129; 8192x8192 1.056 and 1.051. Groups of 128: 8192x4096 walking blocks of four chunks 1.126, one row a block
-    1.227; 8192x8192 1.072 and 1.160. With a residual the memory is busy anyway (1.035 mxfp4, two chunks).
+    walking blocks of two 1.129; 8192x8192 1.056 and 1.051. Groups of 128: 8192x4096 walking blocks of four chunks 1.126, one row
+    a block 1.227; 8192x8192 1.072 and 1.160. With a residual the memory is busy anyway (1.035 mxfp4, two chunks).
     """
     wave, chunks = wave_size(problem.target), problem.features // vector(problem)
     if not _nvidia(problem) or problem.has("residual") or _words(problem) != 8 or chunks <= wave:
