@@ -242,20 +242,24 @@ def _forward_candidates(s: _Sizes) -> Iterator[Cut]:
     yield from (replace(base, min_blocks=b) for b in (2, 3))
     for factor in (0.5, 1, 2, 4):
         if s.last:
-            for q in (base.q // 2, base.q, base.q * 2):
-                part = _round_up(max(1, int(base.part * factor)), max(q, 1))
-                if q < 1 or q * s.columns > MAX_THREADS or _ceil(s.space, part) > MAX_PARTS:
-                    continue
-                for k in (2, 4):
-                    for threads in (320, 640):
-                        if k * q <= part:
-                            yield Cut(part, k, q, _tile(s, q, threads, _ceil(s.space, part)))
+            yield from _wider(s, base, (base.q, base.q // 2), (2, 4), factor)
         else:
             for threads in (256, 512, 1024):
                 for k in (2, 4):
                     part = _round_up(int(base.part * factor), threads * k)
                     if _ceil(s.chunks, part) <= MAX_PARTS:
                         yield Cut(part, k, threads)
+
+
+def _wider(s: _Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], factor: float) -> Iterator[Cut]:
+    """Channels last: parts of other sizes, other lanes to a column, wider and narrower tiles."""
+    for q in lanes:
+        part = _round_up(max(1, int(base.part * factor)), max(q, 1))
+        if q < 1 or _ceil(s.space, part) > MAX_PARTS:
+            continue
+        for k in (k for k in ks if k * q <= part):
+            for blocks in (0.9, 1.9, 3.5):
+                yield Cut(part, k, q, _tile(s, q, 640, _ceil(s.space, part), blocks))
 
 
 def _map(s: _Sizes, c: Cut) -> tuple[Constants, int]:
@@ -395,18 +399,13 @@ def _lines(s: _Sizes, k: int, most: int = 256) -> Lines:
 def _backward_candidates(s: _Sizes) -> Iterator[tuple[Cut | Lines, Cut]]:
     sums, dx = _backward(s)
     for factor in (0.5, 1, 2):
+        if isinstance(sums, Cut):
+            yield from ((c, c) for c in _wider(s, sums, (sums.q, sums.q // 2), (1, 2, 4), factor))
+            continue
         for k in (1, 2, 4):
-            if isinstance(sums, Lines):
-                for lanes in (128, 256, 512):
-                    part = _round_up(max(1, int(dx.part * factor)), dx.q * k)
-                    yield _lines(s, k, lanes), replace(dx, part=part, k=k)
-                continue
-            for threads in (320, 640):
-                part = _round_up(max(1, int(sums.part * factor)), sums.q)
-                if k * sums.q <= part and _ceil(s.space, part) <= MAX_PARTS:
-                    tile = _tile(s, sums.q, threads, _ceil(s.space, part))
-                    cut = replace(sums, part=part, k=k, tile=tile)
-                    yield cut, cut
+            for lanes in (128, 256, 512):
+                part = _round_up(max(1, int(dx.part * factor)), dx.q * k)
+                yield _lines(s, k, lanes), replace(dx, part=part, k=k)
 
 
 def _backward_shared(s: _Sizes, c: Cut) -> int:
