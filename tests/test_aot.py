@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import needs
@@ -260,3 +261,23 @@ def test_nothing_to_compile_with_is_an_error(monkeypatch, tmp_path, capsys) -> N
     )
     assert cli.main(["aot", "--model", "llama3-8b", "--target", "gfx942", "--out", str(tmp_path / "o")]) == 1
     assert "no hip compiler." in capsys.readouterr().err
+
+
+def test_a_compiler_takes_what_it_made_itself_before_the_shipped_one(monkeypatch, tmp_path) -> None:
+    """And the shipped one before it compiles."""
+    (call,) = spec.parse([NORM])
+    (stage,) = instances.stages(call, "gfx942", "hip", compilers=False)
+    instance = next(iter(instances.instances(stage, [8]).values()))
+    monkeypatch.setenv("JAXNORM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(hip, "find", lambda target: hip.Compiler("clang", sys.executable))
+    built = cache.CodeObject(b"\x7fELF built", "rmsnorm_fwd", "gfx942", 128, 0, "")
+    monkeypatch.setattr(hip, "_build", lambda *_: built)
+    cache.clear_memory()
+    cache.ship(tmp_path, instance.parts, replace(built, image=b"\x7fELF shipped"))
+    assert hip.compile(instance.launch, instance.problem).image == b"\x7fELF shipped"
+    shutil.rmtree(tmp_path / cache.SHIPPED)
+    cache.clear_memory()
+    assert hip.compile(instance.launch, instance.problem).image == built.image
+    cache.ship(tmp_path, instance.parts, replace(built, image=b"\x7fELF shipped"))
+    cache.clear_memory()
+    assert hip.compile(instance.launch, instance.problem).image == built.image

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from mutants import MUTANTS as GENERAL
+from mutants_aot import MUTANTS as AOT
 from mutants_groupnorm import MUTANTS as GROUPNORM
 from mutants_layernorm import MUTANTS as LAYERNORM
 from mutants_modules import MUTANTS as MODULES
@@ -43,7 +44,10 @@ def passes_without_a_mutant(copy: Path, selection: str) -> bool:
     return run(copy, selection).returncode == 0
 
 
-@pytest.mark.parametrize("mutant", (*GENERAL, *GROUPNORM, *LAYERNORM, *MODULES), ids=lambda m: m.name.replace(" ", "-"))
+ALL = (*GENERAL, *GROUPNORM, *LAYERNORM, *MODULES, *AOT)
+
+
+@pytest.mark.parametrize("mutant", ALL, ids=lambda m: m.name.replace(" ", "-"))
 def test_a_defect_is_found(mutant, copy):
     file = copy / mutant.file
     text = file.read_text()
