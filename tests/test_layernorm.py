@@ -174,10 +174,10 @@ def test_dtype_of_results():
 
 def test_the_x_bias_is_added_before_the_residual():
     """float32 addition is not associative: the order is part of the contract."""
-    x, x_bias, residual = np.ones((1, 2), F32), np.full(2, 1e8, F32), np.full((1, 2), -1e8, F32)
+    x, x_bias, residual = np.full((1, 2), 1e8, F32), np.full(2, 3.0, F32), np.full((1, 2), -1e8, F32)
     _, out = jaxnorm.add_layernorm(x, residual, None, None, x_bias=x_bias)
     want = (x + x_bias) + residual
-    assert (want != x + (x_bias + residual)).all()
+    assert (want != (x + residual) + x_bias).all()
     tolerances.assert_same_bits(out, want)
 
 
