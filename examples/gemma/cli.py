@@ -1,4 +1,4 @@
-"""``python -m examples.gemma``: Gemma 3 270M continues a text, every norm computed by jaxnorm."""
+"""``python -m examples.gemma``: Gemma 3 270M continues a text, norms, rotations and KV cache by jaxnorm."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ class Quant(StrEnum):
     fp8 = "fp8"
 
 
+class KVCacheKind(StrEnum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
 @app.command()
 def main(
     prompt: Annotated[
@@ -61,14 +67,21 @@ def main(
     quant: Annotated[
         Quant, typer.Option(help="Quantise the inputs and weights of q, k, v, gate and up, and print what that costs.")
     ] = Quant.none,
+    kv_cache: Annotated[
+        KVCacheKind, typer.Option(help="What keys and values are stored as; fp8 and int8 with a scale a token and head.")
+    ] = KVCacheKind.bf16,
+    compare: Annotated[
+        bool, typer.Option(help="Show what each kind of KV cache costs: logits on a text against float32 without a cache.")
+    ] = True,
     gguf: Annotated[Path | None, typer.Option(help="Another Gemma 3 text model; default: the package's file.")] = None,
-    explain: Annotated[bool, typer.Option(help="Show which backend and kernel each norm ran on.")] = True,
+    explain: Annotated[bool, typer.Option(help="Show which backend and kernel each op ran on.")] = True,
 ) -> None:
     """Continue PROMPT with Gemma 3 270M in JAX, on the GPU where JAX has one and on the CPU otherwise."""
     console = Console(highlight=False)
     console.print(TERMS, soft_wrap=True)
     try:
-        run(console, prompt, max_tokens, (temperature, top_k, seed), backend, dtype, quant, gguf, explain)
+        shown = compare, explain
+        run(console, prompt, max_tokens, (temperature, top_k, seed), backend, dtype, quant, kv_cache, gguf, shown)
     except DemoError as error:
         Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True, style="red")
         raise typer.Exit(1) from error
@@ -82,10 +95,14 @@ def run(
     backend: str | None,
     dtype: DType,
     quant: Quant,
+    kv_cache: KVCacheKind,
     gguf: Path | None,
-    explain: bool,
+    shown: tuple[bool, bool],
 ) -> None:
-    """Everything after the arguments are parsed; raises DemoError for what the user can put right."""
+    """Everything after the arguments are parsed; raises DemoError for what the user can put right.
+
+    `shown`: whether the comparison of the caches and the table of `jaxnorm.explain` are.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -107,12 +124,15 @@ def run(
             ids = tokenizer.encode(prompt)
             check_length(config, len(ids), max_tokens)
             task = progress.add_task("load weights", total=model.elements(config))
-            load_dtype = dtype if quant is Quant.none else DType.float32  # A weight is rounded once.
-            params = model.load(file, config, jnp.dtype(load_dtype.value), lambda count: progress.advance(task, count))
+            # In float32: what the comparisons start from, and a weight is rounded once.
+            params = model.load(file, config, jnp.dtype("float32"), lambda count: progress.advance(task, count))
             loaded = time.perf_counter()
+            caches = cache_costs(params, config, tokenizer, progress) if shown[0] else {}
             cost = None
             if quant is not Quant.none:
                 params, cost = quantized(params, config, tokenizer, quant, dtype, progress)
+            else:
+                params = model.cast(params, jnp.dtype(dtype.value))
             ready = time.perf_counter()
             task = progress.add_task("compile", total=2)
             generator = Generator(
@@ -120,6 +140,7 @@ def run(
                 config,
                 prompt_tokens=len(ids),
                 max_tokens=max_tokens,
+                kv_cache=kv_cache.value,
                 sampling=Sampling(temperature, top_k),
                 progress=lambda stage: progress.update(task, description=f"compile {stage}", advance=stage == "decode"),
             )
@@ -127,9 +148,11 @@ def run(
         compiled = time.perf_counter()
         if cost is not None:
             console.print(f"--quant {quant.value}: {cost}", soft_wrap=True)
+        if caches:
+            console.print(cache_table(caches, kv_cache))
         write(console, generator, tokenizer, prompt, ids, seed)
         console.print(f"load {loaded - began:.1f} s, compile {compiled - ready:.1f} s")
-        if explain:
+        if shown[1]:
             console.print(explain_table(generator))
 
 
@@ -169,6 +192,27 @@ def open_model(path: Path | None, progress: Progress) -> tuple[GGUFFile, Tokeniz
     tokenizer = Tokenizer.from_gguf(file)
     progress.advance(task)
     return file, tokenizer, config
+
+
+def cache_costs(params: Params, config: Config, tokenizer: Tokenizer, progress: Progress) -> dict[str, Comparison]:
+    """What each kind of KV cache changes on the example's text."""
+    from . import comparison
+
+    task = progress.add_task("compare KV caches", total=1)
+    found = comparison.compare_caches(params, config, tokenizer.encode(comparison.TEXT))
+    progress.advance(task)
+    return found
+
+
+def cache_table(caches: dict[str, Comparison], chosen: KVCacheKind) -> Table:
+    positions = next(iter(caches.values())).positions
+    table = Table(title=f"KV cache against float32 without one, logits on {positions} positions of text")
+    for heading in ("--kv-cache", "largest error", "rms error", "rms of the logits", "top-1 agreement"):
+        table.add_column(heading)
+    for kind, c in caches.items():
+        name = f"{kind} (this run)" if kind == chosen.value else kind
+        table.add_row(name, f"{c.largest_error:.3f}", f"{c.rms_error:.4f}", f"{c.rms_logit:.3f}", f"{c.top1:.1%}")
+    return table
 
 
 def quantized(
@@ -213,10 +257,10 @@ def write(console: Console, generator: Generator, tokenizer: Tokenizer, prompt: 
 
 
 def explain_table(generator: Generator) -> Table:
-    """What `jaxnorm.explain` says of the decode step; a norm inside the loop over the blocks is one row."""
+    """What `jaxnorm.explain` says of the decode step; an op inside the loop over the blocks is one row."""
     import jaxnorm
 
-    table = Table(title="jaxnorm.explain: the norms of one decode step")
+    table = Table(title="jaxnorm.explain: one decode step")
     for heading in ("op", "backend", "kernel", "config", "reason"):
         table.add_column(heading, overflow="fold")
     for choice in jaxnorm.explain(generator.decode_function, *generator.decode_arguments):

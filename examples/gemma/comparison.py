@@ -1,4 +1,4 @@
-"""What quantisation costs: the logits of a quantised model against those of the float32 one, on a text."""
+"""What quantisation costs: the logits of a model with quantised weights or keys and values against the float32 one's, on a text."""
 
 from __future__ import annotations
 
@@ -42,11 +42,12 @@ class Comparison:
         )
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def all_logits(params: Params, config: Config, ids: jax.Array) -> jax.Array:
-    """float32 [T, V] for token ids [T], in the dtype of the embedding."""
-    cache = model.init_cache(config, 1, ids.shape[0], params.embedding.dtype)
-    hidden, _ = model.forward(params, config, ids[None], cache, jnp.int32(0))
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def all_logits(params: Params, config: Config, ids: jax.Array, table: jax.Array, kv_cache: str | None) -> jax.Array:
+    """float32 [T, V] for token ids [T], in the dtype of the embedding; keys and values through a cache of this kind, or without."""
+    slots = table.shape[0] // 2
+    cache = None if kv_cache is None else model.init_cache(config, 1, slots, kv_cache)
+    hidden, _ = model.forward(params, config, ids[None], table, cache, jnp.int32(0))
     return model.logits(params, hidden)[0]
 
 
@@ -59,7 +60,22 @@ def statistics(exact: jax.Array, got: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def compare(reference: Params, params: Params, config: Config, tokens: Sequence[int]) -> Comparison:
-    """Runs both models over `tokens`, cut to the context."""
+    """Runs both models, neither with a cache, over `tokens`, cut to the context."""
+    ids, table = _inputs(config, tokens)
+    exact = all_logits(reference, config, ids, table, None)
+    return Comparison(len(ids), *map(float, statistics(exact, all_logits(params, config, ids, table, None))))
+
+
+def compare_caches(
+    params: Params, config: Config, tokens: Sequence[int], kinds: Sequence[str] = ("bf16", "fp8", "int8")
+) -> dict[str, Comparison]:
+    """The model with a cache of each kind against itself without one, over `tokens`: what rounding keys and values costs alone."""
+    ids, table = _inputs(config, tokens)
+    exact = all_logits(params, config, ids, table, None)
+    found = {kind: statistics(exact, all_logits(params, config, ids, table, kind)) for kind in kinds}
+    return {kind: Comparison(len(ids), *map(float, values)) for kind, values in found.items()}
+
+
+def _inputs(config: Config, tokens: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     ids = jnp.asarray(list(tokens)[: config.context], jnp.int32)
-    values = statistics(all_logits(reference, config, ids), all_logits(params, config, ids))
-    return Comparison(len(ids), *map(float, values))
+    return ids, model.rope_tables(config, -(-len(ids) // model.PAGE) * model.PAGE)

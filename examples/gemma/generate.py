@@ -1,4 +1,4 @@
-"""Token-by-token generation: prefill in chunks, then one jitted step per token."""
+"""Token-by-token generation: prefill in chunks, then a jitted loop of decode steps; the KV cache is donated to both."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm import KVCache
+
 from . import model
 from .errors import DemoError
-from .model import Cache, Config, Params
+from .model import Config, Params
 
 LARGEST_CHUNK = 512
 CHUNK_MULTIPLE = 64
 SLOT_MULTIPLE = 64
+BLOCK = 16
+"""Decode steps in one call of the loop: as many tokens appear at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Generator:
         *,
         prompt_tokens: int,
         max_tokens: int,
+        kv_cache: str = "bf16",
         sampling: Sampling | None = None,
         progress: Callable[[str], None] = lambda stage: None,
     ) -> None:
@@ -84,31 +89,40 @@ class Generator:
         self.params = params
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
-        self.dtype = params.embedding.dtype
+        self.kv_cache = kv_cache
         self.chunk = min(LARGEST_CHUNK, round_up(prompt_tokens, CHUNK_MULTIPLE))
         self.slots = round_up(max(round_up(prompt_tokens, self.chunk), prompt_tokens + max_tokens), SLOT_MULTIPLE)
+        self.table = model.rope_tables(config, self.slots)
         sampling = sampling or Sampling()
 
         def prefill(
-            params: Params, tokens: jax.Array, cache: Cache, start: jax.Array, last: jax.Array, key: jax.Array
-        ) -> tuple[jax.Array, jax.Array, Cache]:
-            hidden, cache = model.forward(params, config, tokens, cache, start)
+            params: Params, table: jax.Array, tokens: jax.Array, cache: KVCache, start: jax.Array, last: jax.Array, key: jax.Array
+        ) -> tuple[jax.Array, jax.Array, KVCache]:
+            hidden, cache = model.forward(params, config, tokens, table, cache, start)
             logits = model.logits(params, jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False))
             return sampling(logits, jax.random.fold_in(key, start + last)), logits[0], cache
 
         def decode(
-            params: Params, token: jax.Array, cache: Cache, start: jax.Array, key: jax.Array
-        ) -> tuple[jax.Array, jax.Array, Cache]:
-            hidden, cache = model.forward(params, config, token[:, None], cache, start)
-            logits = model.logits(params, hidden[:, 0])
-            return sampling(logits, jax.random.fold_in(key, start)), logits[0], cache
+            params: Params, table: jax.Array, token: jax.Array, cache: KVCache, start: jax.Array, count: jax.Array, key: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
+            """`count` steps, at most BLOCK: (the last token, the tokens, their logits, the cache)."""
+
+            def step(i: jax.Array, state: tuple) -> tuple:
+                token, tokens, rows, cache = state
+                hidden, cache = model.forward(params, config, token[:, None], table, cache, start + i)
+                logits = model.logits(params, hidden[:, 0])
+                token = sampling(logits, jax.random.fold_in(key, start + i))
+                return token, tokens.at[i].set(token[0]), rows.at[i].set(logits[0]), cache
+
+            rows = jnp.zeros((BLOCK, config.vocab), jnp.float32)
+            return jax.lax.fori_loop(0, count, step, (token, jnp.zeros(BLOCK, token.dtype), rows, cache))
 
         self.decode_function = decode
-        position = jax.ShapeDtypeStruct((), jnp.int32)
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
         chunk = jax.ShapeDtypeStruct((1, self.chunk), jnp.int32)
-        shapes, _, cache, _, key = self.decode_arguments
+        shapes, table, _, cache, _, _, key = self.decode_arguments
         progress("prefill")
-        lowered = jax.jit(prefill, donate_argnames="cache").lower(shapes, chunk, cache, position, position, key)
+        lowered = jax.jit(prefill, donate_argnames="cache").lower(shapes, table, chunk, cache, scalar, scalar, key)
         self._prefill = lowered.compile()
         progress("decode")
         self._decode = jax.jit(decode, donate_argnames="cache").lower(*self.decode_arguments).compile()
@@ -118,8 +132,10 @@ class Generator:
         """Shapes and dtypes of `decode_function`'s arguments."""
         arrays = (
             self.params,
+            self.table,
             jnp.zeros(1, jnp.int32),
-            jax.eval_shape(lambda: model.init_cache(self.config, 1, self.slots, self.dtype)),
+            jax.eval_shape(lambda: model.init_cache(self.config, 1, self.slots, self.kv_cache)),
+            jnp.zeros((), jnp.int32),
             jnp.zeros((), jnp.int32),
             jax.random.key(0),
         )
@@ -131,34 +147,35 @@ class Generator:
         Raises:
           ValueError: the prompt is empty, or longer than the generator was compiled for.
 
-        The next step is dispatched before a token is read back, so reading and printing cost the device no time.
+        The next steps are dispatched before the tokens are read back, so reading and printing cost the device no time.
         """
         if not 0 < len(prompt_ids) <= self.prompt_tokens:
             raise ValueError(
                 f"Generator: prompt_ids: got {len(prompt_ids)} tokens, expected 1 to {self.prompt_tokens}."
             )
         key = jax.random.key(seed)
-        cache = model.init_cache(self.config, 1, self.slots, self.dtype)
+        cache = model.init_cache(self.config, 1, self.slots, self.kv_cache)
         count = len(prompt_ids)
         padded = np.zeros((1, round_up(count, self.chunk)), np.int32)
         padded[0, :count] = prompt_ids
-
-        def prefill(start: int, cache: Cache) -> tuple[jax.Array, jax.Array, Cache]:
-            last = min(self.chunk, count - start) - 1
+        token, logits = None, None
+        for start in range(0, count, self.chunk):
+            last = np.int32(min(self.chunk, count - start) - 1)
             piece = padded[:, start : start + self.chunk]
-            return self._prefill(self.params, piece, cache, np.int32(start), np.int32(last), key)
-
-        token, logits, cache = prefill(0, cache)
-        for start in range(self.chunk, count, self.chunk):
-            token, logits, cache = prefill(start, cache)
-        for index in range(self.max_tokens):
-            current, current_logits = token, logits
-            if index + 1 < self.max_tokens:
-                token, logits, cache = self._decode(self.params, token, cache, np.int32(count + index), key)
-            value = int(current[0])
-            if value == stop_id:
-                return
-            yield Step(value, current_logits)
+            token, logits, cache = self._prefill(self.params, self.table, piece, cache, np.int32(start), last, key)
+        assert token is not None and logits is not None
+        tokens, rows, made = token, logits[None], 1
+        while made:
+            found, found_rows, here = tokens, rows, made
+            count += made
+            made = min(BLOCK, len(prompt_ids) + self.max_tokens - count)
+            if made:
+                at = np.int32(count - 1), np.int32(made)
+                token, tokens, rows, cache = self._decode(self.params, self.table, token, cache, *at, key)
+            for value, row in zip(np.asarray(found[:here]).tolist(), found_rows, strict=False):
+                if value == stop_id:
+                    return
+                yield Step(value, row)
 
 
 @dataclasses.dataclass

@@ -1,8 +1,8 @@
-"""Gemma 3 (text) as pure functions of a parameter pytree; every norm is a jaxnorm call.
+"""Gemma 3 (text) as pure functions of a parameter pytree; every norm, rotation and write of the KV cache is a jaxnorm call.
 
 With r the residual stream, which starts as the scaled embedding, and h = rmsnorm(r, attn_norm of block 0), a block is
 
-    x    = rmsnorm(attention(h), post_attn_norm)     q and k: rmsnorm over head_dim, then RoPE
+    x    = rmsnorm(attention(h), post_attn_norm)     q, k and the cache: qk_norm_rope_cache
     h, r = add_rmsnorm(x, r, ffn_norm)
     x    = rmsnorm(mlp(h), post_ffn_norm)
     h, r = add_rmsnorm(x, r, next_norm)              the next block's attn_norm; the final norm after the last block
@@ -11,8 +11,11 @@ so every residual add sits in the norm that follows it. One `lax.scan` runs the 
 compiles 18 times less. GGUF's norm weights already contain Gemma's +1: weight_offset stays 0. With quantised weights (see
 `projections`) the norms whose result is called h are rmsnorm_quant and add_rmsnorm_quant, and h is int8 or fp8 codes.
 
-Sizes in shapes: L layers, B batch, T new tokens, S cache slots, E model width, H query heads, K key/value heads, D head_dim,
-F MLP width, V vocabulary.
+One KVCache holds all blocks and sequences: token p of sequence b in block l is slot (l * B + b) * S + p. So the loop over the blocks
+carries it as it is, and each block writes its own slots in place.
+
+Sizes in shapes: L layers, B batch, T new tokens, S slots of a sequence, E model width, H query heads, K key/value heads,
+D head_dim, F MLP width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnorm
+from jaxnorm import KVCache
 
 from .gguf_file import GGUFFile, damaged
 from .projections import Input, add_norm, input_spec, leading, linear, norm
@@ -100,13 +104,6 @@ class Params(NamedTuple):
     layers: Layer
 
 
-class Cache(NamedTuple):
-    """Keys (after norm and RoPE) and values, [L, B, S, K, D] each; slot s holds token s."""
-
-    keys: jax.Array
-    values: jax.Array
-
-
 def layer_shapes(config: Config) -> Layer:
     """The shape of every weight of one block."""
     E, F, D = config.width, config.mlp_width, config.head_dim
@@ -156,20 +153,35 @@ def load(
     return Params(embedding, first_norm, layers)
 
 
-def init_cache(config: Config, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache for `slots` tokens."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def cast(params: Params, dtype: jnp.dtype) -> Params:
+    """The matrices in `dtype`; norm weights stay in float32."""
+    layers = {
+        name: leaf if name.endswith("norm") else leaf.astype(dtype) for name, leaf in params.layers._asdict().items()
+    }
+    return Params(params.embedding.astype(dtype), params.first_norm, Layer(**layers))
 
 
-def rope(x: jax.Array, positions: jax.Array, base: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + D/2) of x [B, T, heads, D] by position * base**(-2i/D), in float32."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+KV_CACHES = {
+    "float32": ("float32", None),
+    "bf16": ("bfloat16", None),
+    "fp8": ("fp8", "per_token"),
+    "int8": ("int8", "per_token"),
+}
+"""Kinds of cache: dtype and quantisation."""
+PAGE = 16
+
+
+def init_cache(config: Config, batch: int, slots: int, kind: str) -> KVCache:
+    """An empty cache of a kind for `slots` tokens, a multiple of PAGE, of each sequence."""
+    dtype, quant = KV_CACHES[kind]
+    pages = config.layers * batch * slots // PAGE
+    return KVCache.create(pages, PAGE, config.kv_heads, config.head_dim, dtype=dtype, quant=quant, layout="paged")
+
+
+def rope_tables(config: Config, positions: int) -> jax.Array:
+    """[2 * positions, D]: the table of the local blocks, then that of the global ones."""
+    bases = (config.rope_base_local, config.rope_base_global)
+    return jnp.concatenate([jaxnorm.rope_table(positions, config.head_dim, base=base) for base in bases])
 
 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -189,30 +201,34 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) ->
 
 
 def attention(
-    config: Config, index: jax.Array, layer: Layer, h: Input, cache: Cache, start: jax.Array
-) -> tuple[jax.Array, Cache]:
+    config: Config, index: jax.Array, layer: Layer, h: Input, table: jax.Array, cache: KVCache | None, start: jax.Array
+) -> tuple[jax.Array, KVCache | None]:
     """Attention of block `index` for h [B, T, E], the tokens at start, start + 1, ...
 
-    The new keys and values are written into the cache before the scores are taken.
+    The new keys and values are in the cache before the scores are taken, so that these read the cache alone. Without one they see
+    the T tokens as they are.
     """
     batch, tokens = leading(h)
-    dtype = cache.keys.dtype
+    dtype = layer.out.dtype
     positions = start + jnp.arange(tokens)
     is_global = config.is_global(index)
-    base = jnp.where(is_global, config.rope_base_global, config.rope_base_local)
-
-    def heads(weight: Input) -> jax.Array:
-        return linear(h, weight, dtype).reshape(batch, tokens, -1, config.head_dim)
-
-    q = rope(jaxnorm.rmsnorm(heads(layer.q), layer.q_norm, eps=config.eps), positions, base)
-    k = rope(jaxnorm.rmsnorm(heads(layer.k), layer.k_norm, eps=config.eps), positions, base)
-    at = (index, 0, start, 0, 0)
-    cache = Cache(
-        jax.lax.dynamic_update_slice(cache.keys, k[None], at),
-        jax.lax.dynamic_update_slice(cache.values, heads(layer.v)[None], at),
-    )
-    keys, values = cache.keys[index], cache.values[index]
-    distance = positions[:, None] - jnp.arange(keys.shape[1])
+    row = positions + jnp.where(is_global, table.shape[0] // 2, 0)
+    qkv = tuple(linear(h, w, dtype).reshape(batch, tokens, -1, config.head_dim) for w in (layer.q, layer.k, layer.v))
+    if cache is None:
+        q, keys = jaxnorm.qk_norm_rope(*qkv[:2], layer.q_norm, layer.k_norm, row, table, eps=config.eps)
+        values, seen = qkv[2], positions
+    else:
+        each = cache.k.shape[0] * cache.page_size // (config.layers * batch)
+        first = (index * batch + jnp.arange(batch)) * each
+        flat = tuple(x.reshape(batch * tokens, -1, config.head_dim) for x in qkv)
+        q, cache = jaxnorm.qk_norm_rope_cache(
+            flat, layer.q_norm, layer.k_norm, jnp.tile(row, batch), table, cache, (first[:, None] + positions).reshape(-1),
+            num_q_heads=config.heads, num_kv_heads=config.kv_heads, eps=config.eps,
+        )  # fmt: skip
+        q = q.reshape(qkv[0].shape)
+        seen = jnp.arange(each)
+        keys, values = (x.astype(dtype) for x in cache.gather(first[:, None] + seen))
+    distance = positions[:, None] - seen
     mask = (distance >= 0) & (is_global | (distance < config.window))
     return linear(attend(q, keys, values, mask), layer.out, dtype), cache
 
@@ -223,9 +239,13 @@ def mlp(layer: Layer, h: Input, dtype: jnp.dtype) -> jax.Array:
 
 
 def forward(
-    params: Params, config: Config, tokens: jax.Array, cache: Cache, start: jax.Array
-) -> tuple[jax.Array, Cache]:
+    params: Params, config: Config, tokens: jax.Array, table: jax.Array, cache: KVCache | None, start: jax.Array
+) -> tuple[jax.Array, KVCache | None]:
     """Runs tokens [B, T], which stand at positions start, start + 1, ...; prefill and decode alike.
+
+    Args:
+      table: `rope_tables` for as many positions as there are.
+      cache: None for a text that goes through in one call.
 
     Returns:
       hidden [B, T, E] after the final norm, and the cache with these tokens written into it.
@@ -234,10 +254,10 @@ def forward(
     residual = residual * jnp.asarray(config.width**0.5, residual.dtype)
     spec = input_spec(params)
 
-    def block(carry: tuple[Input, jax.Array, Cache], item: tuple[jax.Array, Layer]) -> tuple[Any, None]:
+    def block(carry: tuple[Input, jax.Array, KVCache | None], item: tuple[jax.Array, Layer]) -> tuple[Any, None]:
         h, residual, cache = carry
         index, layer = item
-        attended, cache = attention(config, index, layer, h, cache, start)
+        attended, cache = attention(config, index, layer, h, table, cache, start)
         x = jaxnorm.rmsnorm(attended, layer.post_attn_norm, eps=config.eps)
         h, residual = add_norm(x, residual, layer.ffn_norm, spec, config.eps)
         x = jaxnorm.rmsnorm(mlp(layer, h, residual.dtype), layer.post_ffn_norm, eps=config.eps)
