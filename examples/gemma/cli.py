@@ -68,10 +68,12 @@ def main(
         Quant, typer.Option(help="Quantise the inputs and weights of q, k, v, gate and up, and print what that costs.")
     ] = Quant.none,
     kv_cache: Annotated[
-        KVCacheKind, typer.Option(help="What keys and values are stored as; fp8 and int8 with a scale a token and head.")
+        KVCacheKind,
+        typer.Option(help="What keys and values are stored as; fp8 and int8 with a scale a token and head."),
     ] = KVCacheKind.bf16,
     compare: Annotated[
-        bool, typer.Option(help="Show what each kind of KV cache costs: logits on a text against float32 without a cache.")
+        bool,
+        typer.Option(help="Show what each kind of KV cache costs: logits on a text against float32 without a cache."),
     ] = True,
     gguf: Annotated[Path | None, typer.Option(help="Another Gemma 3 text model; default: the package's file.")] = None,
     explain: Annotated[bool, typer.Option(help="Show which backend and kernel each op ran on.")] = True,

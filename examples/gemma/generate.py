@@ -96,14 +96,26 @@ class Generator:
         sampling = sampling or Sampling()
 
         def prefill(
-            params: Params, table: jax.Array, tokens: jax.Array, cache: KVCache, start: jax.Array, last: jax.Array, key: jax.Array
+            params: Params,
+            table: jax.Array,
+            tokens: jax.Array,
+            cache: KVCache,
+            start: jax.Array,
+            last: jax.Array,
+            key: jax.Array,
         ) -> tuple[jax.Array, jax.Array, KVCache]:
             hidden, cache = model.forward(params, config, tokens, table, cache, start)
             logits = model.logits(params, jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False))
             return sampling(logits, jax.random.fold_in(key, start + last)), logits[0], cache
 
         def decode(
-            params: Params, table: jax.Array, token: jax.Array, cache: KVCache, start: jax.Array, count: jax.Array, key: jax.Array
+            params: Params,
+            table: jax.Array,
+            token: jax.Array,
+            cache: KVCache,
+            start: jax.Array,
+            count: jax.Array,
+            key: jax.Array,
         ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
             """`count` steps, at most BLOCK: (the last token, the tokens, their logits, the cache)."""
 
