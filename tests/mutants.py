@@ -90,3 +90,29 @@ MUTANTS += (
     Mutant("other heads in the sum", "kernels/qk.py", "s_first += tl.where(live, g_first * first, 0.0)", "s_first += tl.where(live, g_first, 0.0)", INTERPRETED + "backward"),
     Mutant("cos and sin swapped in a kernel", "kernels/_heads.py", "b = second * cos + first * sin", "b = second * sin + first * cos", INTERPRETED + "forward"),
 )  # fmt: skip
+
+CACHE_H, CACHE_REF, CACHE_PY = "csrc/include/jaxnorm/cache.h", "jaxnorm/_ref/cache.py", "kernels/qk_cache.py"
+WRITTEN, CACHE_SIMT, CACHE_TRITON = (
+    "tests/test_qk_cache.py -k ",
+    "tests/test_hip_qk_cache.py -k ",
+    "tests/test_triton_qk_cache.py -k ",
+)
+MUTANTS += (
+    Mutant("slot -1 is the last one", CACHE_REF, "inside = (slots >= 0) & (slots < g.slots)\n    return",
+           "inside = slots < g.slots\n    return", WRITTEN + "nobody_writes"),
+    Mutant("v in the order of k", CACHE_REF, 'array.at[page, :, offset // g.x, :, offset % g.x]',
+           'array.at[page, :, offset % (g.page_size // g.x), :, offset // (g.page_size // g.x)]', WRITTEN + "shuffled"),
+    Mutant("a scale a token for all heads", CACHE_REF, "stored, scales = quantize(exact, spec)",
+           "stored, scales = quantize(exact, spec)\n    scales = jnp.broadcast_to(scales.max(-2, keepdims=True), scales.shape)", WRITTEN + "per_token"),
+    Mutant("the head's maximum of one lane", CACHE_H, "Scale<Q>::of_max(lanes_max<S::LANES>(a), 0.f)", "Scale<Q>::of_max(a, 0.f)", CACHE_SIMT + "per_token"),
+    Mutant("any X tokens are a group of slots", CACHE_H, "whole = whole && places[rows + t] == slot0 + t;", ";", CACHE_SIMT + "tiles"),
+    Mutant("a group that starts anywhere", CACHE_H, "bool whole = slot0 % GROUP == 0;", "bool whole = true;", CACHE_SIMT + "tiles"),
+    Mutant("slots are not looked at", CACHE_H, "if (active && slot.inside(to.slots)) store_cached", "if (active) store_cached", CACHE_SIMT + "oracle"),
+    Mutant("32-bit slots in an int64 call", CACHE_H, "return s >= 0 && u64(s) < slots;", "return int(s) >= 0 && u32(s) < slots;",
+           "tests/test_hip_qk_cache.py -k far_slots"),
+    Mutant("places of a page by the wrong stride", CACHE_PY, "place // X * (D * X)", "place // X * (PAGE * X)", CACHE_TRITON + "oracle"),
+    Mutant("tokens without a slot are written", CACHE_PY, "inside = (slot >= 0) & (slot < all_slots)\n    return",
+           "inside = slot < all_slots\n    return", CACHE_TRITON + "oracle"),
+    Mutant("the cache is copied", "kernels/configs/qk_cache_triton.py", "aliases=aliases(problem),", "aliases=(),",
+           "tests/test_qk_cache_transforms.py -k lowered"),
+)  # fmt: skip

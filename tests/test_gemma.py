@@ -449,9 +449,9 @@ def real() -> tuple[model.Params, model.Config, Tokenizer]:
 def check_reference(params: model.Params, config: model.Config, backends: list[str | None], others: list[str]) -> None:
     """Greedy ids equal and top logits within LOGIT_TOLERANCE; the backends agree on all logits.
 
-    The keys and values are cached in float32: LOGIT_TOLERANCE is that of a float32 model, which rounding them to bfloat16 exceeds a
-    hundredfold without changing a token (test_real_weights_and_caches). The first backend runs every prompt, the others those named in
-    `others`.
+    The keys and values are cached in float32: LOGIT_TOLERANCE is that of a float32 model, which rounding them to bfloat16 exceeds
+    a hundredfold without changing a token (test_real_weights_and_caches). The first backend runs every prompt, the others those
+    named in `others`.
     """
     np.testing.assert_array_equal(params.first_norm[:2], [16.0, 16.875])
     prompts = reference()["prompts"]
@@ -480,7 +480,8 @@ def test_real_weights(real, monkeypatch):
 
 
 def check_caches(real: tuple) -> None:
-    """Seen on a CPU: top-1 100 % (bf16), 95.6 % (fp8), 97.1 % (int8); rms error 0.012, 0.19, 0.19 of 5.58, largest 0.18, 3.8, 1.7."""
+    """Seen on a CPU: top-1 100 % (bf16), 95.6 % (fp8), 97.1 % (int8); rms error 0.012, 0.19, 0.19 of 5.58, largest 0.18, 3.8,
+    1.7."""
     params, config, tokenizer = real
     found = comparison.compare_caches(params, config, tokenizer.encode(comparison.TEXT))
     for kind, (top1, rms, largest) in {

@@ -103,3 +103,13 @@ def test_tiles_of_v_write_what_single_heads_write(case, target, request):
         np.testing.assert_array_equal(bytes_of(tiled[name]), bytes_of(a), name)
     if "k" in single:
         case.check(arrays, single, target)
+
+
+def test_far_slots():
+    """A slot that is in the cache in its lower 32 bits alone is not in the cache."""
+    case = CASES[2]
+    arrays = case.arrays()
+    arrays["slots"][:3] = (2**32 + 1, -(2**32) + 2, 2**40)
+    p = case.problem(arrays, "sm_90")
+    got = case.renamed(kernels(False).run(p, qk_cache_hip.plan(p), case.operands(arrays)), arrays)
+    case.check(arrays, got)

@@ -19,7 +19,7 @@
 //   q_weight, k_weight [D] or null; positions [tokens], three to a token for mrope; cos_sin [rows, R]; slots [tokens]
 //   k_cache, v_cache and their scales: read by nobody, the buffers of k_cache_out ...; one float each per tensor
 //   q_out, k_out, v_out [tokens, heads, D], the last two or null
-// Blocks of q come first, then those of k, then those of v.
+// Blocks of v come first, which take longest, then those of k, then those of q.
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     qk_norm_rope_cache(const char* qkv, const char* q, const char* k, const char* v, const char* q_weight,
                        const char* k_weight, const char* positions, const char* cos_sin, const char* slots,
@@ -38,44 +38,48 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
   constexpr u64 row_q = u64(JN_HEADS0) * JN_D * JN_X0::size, row_k = u64(JN_HEADS1) * JN_D * JN_X1::size,
                 row_v = u64(JN_HEADS1) * JN_D * JN_X2::size;
 #endif
+  {
+    const CacheBuffers to{v_cache_out, v_scale_out, v_scale, all_slots};
+    using Shape = JN_VALUE;
+#if JN_TILE > 0
+    const u32 blocks = (tokens + JN_TILE - 1) / JN_TILE * JN_HEADS1;
+    if (block < blocks)
+      return ValueTile<Shape, Cache, JN_X2, JN_SLOT, JN_THREADS, JN_TILE>::run<JN_HAS_KV>(v, row_v, slots, tokens,
+                                                                                          block, v_out, to);
+#else
+    using Deal = JN_DEAL(2, Shape, JN_HEADS1);
+    const u32 blocks = Deal::blocks(tokens);
+    if (block < blocks)
+      return value_heads<Shape, Deal, Cache, JN_X2, JN_SLOT, JN_HAS_KV>(v, row_v, slots, tokens, block, v_out, to);
+#endif
+    block -= blocks;
+  }
+  {
+    using Shape = JN_SHAPE(1);
+    using Deal = JN_DEAL(1, Shape, JN_HEADS1);
+    const u32 blocks = Deal::blocks(tokens);
+    if (block < blocks) {
+      const HeadNorm<Shape, JN_X1, JN_W1, JN_HAS_OFFSET> norm{k_weight, JN_EPS, {{}, JN_OFFSET}};
+      const u32 unit = block * Deal::GROUPS + thread_id() / Shape::LANES;
+      const KeySink<Cache, JN_SLOT, JN_HAS_KV> sink{
+          k_out,
+          {k_cache_out, k_scale_out, k_scale, all_slots},
+          issue_slot<JN_SLOT>(slots, Deal::token(unit), unit < Deal::units(tokens))};
+      return forward_heads<Shape, Deal, JN_X1, false>(k, tokens, block, norm, JN_SOURCE(Shape){table, where, 1}, sink,
+                                                      row_k);
+    }
+    block -= blocks;
+  }
 #if JN_HEADS0 > 0
   {
     using Shape = JN_SHAPE(0);
     using Deal = JN_DEAL(0, Shape, JN_HEADS0);
-    const u32 blocks = Deal::blocks(tokens);
-    if (block < blocks) {
+    if (block < Deal::blocks(tokens)) {
       const HeadNorm<Shape, JN_X0, JN_W0, JN_HAS_OFFSET> norm{q_weight, JN_EPS, {{}, JN_OFFSET}};
-      return forward_heads<Shape, Deal, JN_X0, false>(q, tokens, block, norm, JN_SOURCE(Shape){table, where, 1},
-                                                      StoreHead<JN_HEADS0, PlainTokens>{q_out, {}}, row_q);
+      forward_heads<Shape, Deal, JN_X0, false>(q, tokens, block, norm, JN_SOURCE(Shape){table, where, 1},
+                                               StoreHead<JN_HEADS0, PlainTokens>{q_out, {}}, row_q);
     }
-    block -= blocks;
   }
-#endif
-  using Shape = JN_SHAPE(1);
-  using Deal = JN_DEAL(1, Shape, JN_HEADS1);
-  const u32 blocks = Deal::blocks(tokens);
-  if (block < blocks) {
-    const HeadNorm<Shape, JN_X1, JN_W1, JN_HAS_OFFSET> norm{k_weight, JN_EPS, {{}, JN_OFFSET}};
-    const u32 unit = block * Deal::GROUPS + thread_id() / Shape::LANES;
-    const KeySink<Cache, JN_SLOT, JN_HAS_KV> sink{
-        k_out,
-        {k_cache_out, k_scale_out, k_scale, all_slots},
-        issue_slot<JN_SLOT>(slots, Deal::token(unit), unit < Deal::units(tokens))};
-    return forward_heads<Shape, Deal, JN_X1, false>(k, tokens, block, norm, JN_SOURCE(Shape){table, where, 1}, sink,
-                                                    row_k);
-  }
-  block -= blocks;
-  const CacheBuffers to{v_cache_out, v_scale_out, v_scale, all_slots};
-  using Value = JN_VALUE;
-#if JN_TILE > 0
-  const u32 tiles = (tokens + JN_TILE - 1) / JN_TILE * JN_HEADS1;
-  if (block < tiles)
-    ValueTile<Value, Cache, JN_X2, JN_SLOT, JN_THREADS, JN_TILE>::run<JN_HAS_KV>(v, row_v, slots, tokens, block, v_out,
-                                                                                 to);
-#else
-  using ValueDeal = JN_DEAL(2, Value, JN_HEADS1);
-  if (block < ValueDeal::blocks(tokens))
-    value_heads<Value, ValueDeal, Cache, JN_X2, JN_SLOT, JN_HAS_KV>(v, row_v, slots, tokens, block, v_out, to);
 #endif
 }
 #undef JN_SHAPE

@@ -11,8 +11,8 @@ so every residual add sits in the norm that follows it. One `lax.scan` runs the 
 compiles 18 times less. GGUF's norm weights already contain Gemma's +1: weight_offset stays 0. With quantised weights (see
 `projections`) the norms whose result is called h are rmsnorm_quant and add_rmsnorm_quant, and h is int8 or fp8 codes.
 
-One KVCache holds all blocks and sequences: token p of sequence b in block l is slot (l * B + b) * S + p. So the loop over the blocks
-carries it as it is, and each block writes its own slots in place.
+One KVCache holds all blocks and sequences: token p of sequence b in block l is slot (l * B + b) * S + p. So the loop over the
+blocks carries it as it is, and each block writes its own slots in place.
 
 Sizes in shapes: L layers, B batch, T new tokens, S slots of a sequence, E model width, H query heads, K key/value heads,
 D head_dim, F MLP width, V vocabulary.

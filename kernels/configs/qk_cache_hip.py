@@ -1,6 +1,6 @@
 """Launches of the KV cache through ``csrc/kernels/qk_cache.hip``: the write with its norm and rotation, and the gather.
 
-Blocks of q, of k and of v stand beside each other in one launch. The sum of a head has one order, by D, dtype and target, and where
+Blocks of v, of k and of q stand beside each other in one launch. The sum of a head has one order, by D, dtype and target, and where
 a token is written changes no bit of it, so a plan may look at the number of tokens. The choices follow from registers, bytes on
 their way and lanes; those for AMD targets were compiled and inspected, not run on AMD silicon.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, wave_size
 from ._cache import READ, WRITE, Cache, aliases, cache, packed, parts
-from ._heads import Part, gptj, lanes, vector
+from ._heads import Part, gptj, lane_elements, lanes, vector
 from ._heads_hip import Deal, blocks, check, forward, forward_candidates, position_constants, unrolled
 from ._hip import TYPES, Constants, _ceil, _grid, _nvidia, _type
 from .quant_hip import CODES
@@ -29,7 +29,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     if problem.stage == READ:
         return (_gather(problem),)
     found = _parts(problem)
-    deal = forward(problem, [p for p in found if p.heads])
+    deal = _deal(problem, found)
     return (_write(problem, found, deal, _tile(problem, found, deal)),)
 
 
@@ -54,6 +54,17 @@ def _parts(problem: Problem) -> list[Part]:
     return found
 
 
+def _deal(problem: Problem, found: list[Part]) -> Deal:
+    """Two heads a group at most: on an H200 that and registers for 1024 threads a unit were 4 % ahead of four heads for q/k norm alone
+    (qk.hip, 8192 tokens of 64 + 8 heads, D 128). The codes of a head take a few registers more, which would spill."""
+    deal = forward(problem, [p for p in found if p.heads])
+    if deal.unroll < 2:
+        return deal
+    small = max(lane_elements(problem, p) for p in found) <= 16 and problem.option("sections") is None
+    blocks_a_unit = 1 if not small else 7 if cache(problem).quant else 8
+    return Deal(deal.threads, 2, blocks_a_unit)
+
+
 def _groups(problem: Problem, value: Part, deal: Deal) -> int:
     return deal.threads // lanes(problem, value)
 
@@ -64,7 +75,7 @@ def _fits(problem: Problem, found: list[Part], deal: Deal, tile: int) -> bool:
     if not c.shuffled or tile % c.x or tile % _groups(problem, value, deal):
         return False
     held = tile * problem.features // deal.threads
-    return held <= 64 and _tile_bytes(problem, c, tile) <= 48 << 10
+    return held <= 64 and _rows_bytes(problem, c, tile) <= 48 << 10
 
 
 def _tile(problem: Problem, found: list[Part], deal: Deal) -> int:
@@ -75,9 +86,14 @@ def _tile(problem: Problem, found: list[Part], deal: Deal) -> int:
     return next((t for t in (32, 16, 64) if _fits(problem, found, deal, t)), 0)
 
 
-def _tile_bytes(problem: Problem, c: Cache, tile: int) -> int:
-    """ValueTile::bytes"""
-    return tile * (problem.features * c.itemsize + 16) + tile * 4 if tile else 0
+def _rows(problem: Problem, value: Part, deal: Deal) -> int:
+    """ValueSpread::ROWS"""
+    return _groups(problem, value, deal) * unrolled(problem, value, deal)
+
+
+def _rows_bytes(problem: Problem, c: Cache, rows: int) -> int:
+    """ValueTile::bytes, ValueSpread::bytes"""
+    return rows * (problem.features * c.itemsize + 16 + 4)
 
 
 def _cache_constants(problem: Problem, c: Cache) -> Constants:
@@ -132,7 +148,7 @@ def _write(problem: Problem, found: list[Part], deal: Deal, tile: int) -> Launch
         constants=tuple(constants),
         scalars=(("tokens", "i32", found[1].tokens), ("rows", "i32", problem.shape("cos_sin")[0]), ("slots", "i64", c.slots)),
         threads=deal.threads,
-        shared=_tile_bytes(problem, c, tile),
+        shared=_rows_bytes(problem, c, tile or (_rows(problem, found[2], deal) if c.shuffled else 0)),
         aliases=aliases(problem),
     )  # fmt: skip
 

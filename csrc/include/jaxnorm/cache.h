@@ -81,17 +81,6 @@ template <int BYTES> JN_DEV u32 byte_of(const Bits<BYTES>& b, int i) {
   else
     return (b.word[i / 4] >> (8 * (i % 4))) & 0xffu;
 }
-// Element i of SIZE bytes in a row of them.
-template <int SIZE, int BYTES> JN_DEV Bits<SIZE> element_of(const Bits<BYTES>& b, int i) {
-  Bits<SIZE> e;
-  if constexpr (SIZE == 1)
-    e.byte = u8(byte_of(b, i));
-  else if constexpr (SIZE == 2)
-    e.half = u16(BYTES == 2 ? byte_of(b, 0) | byte_of(b, 1) << 8 : byte_of(b, 2 * i) | byte_of(b, 2 * i + 1) << 8);
-  else
-    e.word[0] = b.word[i];
-  return e;
-}
 template <int SIZE, int COUNT, int BYTES> JN_DEV Bits<SIZE * COUNT> piece_of(const Bits<BYTES>& b, int i) {
   if constexpr (SIZE * COUNT == BYTES) {
     return b;
@@ -171,29 +160,24 @@ struct CacheBuffers {
   u64 slots;
 };
 
-template <class S, class G, bool VALUE>
+template <class S, class G>
+JN_DEV void store_scale(const CacheBuffers& to, u32 slot, u32 head, u32 lane, const StoredHead<S, G>& h) {
+  if (G::STORED == Stored::kToken && lane == 0) ((u32*)to.scales)[CacheIndex<G>::scale(slot, head)] = h.scale;
+}
+// The elements of k, or of v in the layouts where that is the same.
+template <class S, class G>
 JN_DEV void store_cached(const CacheBuffers& to, u32 slot, u32 head, u32 lane, const StoredHead<S, G>& h) {
   using Index = CacheIndex<G>;
-  constexpr int size = StoredHead<S, G>::size, X = Index::X;
-  if (G::STORED == Stored::kToken && lane == 0) ((u32*)to.scales)[Index::scale(slot, head)] = h.scale;
+  constexpr int size = StoredHead<S, G>::size, piece = G::SHUFFLED ? min_of(S::V, Index::X) : S::V;
 #pragma unroll
   for (int k = 0; k < S::PER; ++k) {
     if (!S::has(k, lane)) continue;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const u32 d = S::column(S::item(k, lane), side);
-      if constexpr (!G::SHUFFLED) {
-        store_bits(to.data + Index::k(slot, head, d), h.c[k][side]);
-      } else if constexpr (VALUE) {
-        char* at = to.data + Index::v(slot, head, d);
 #pragma unroll
-        for (int i = 0; i < S::V; ++i) store_bits(at + i * 16, element_of<size>(h.c[k][side], i));
-      } else {
-        constexpr int piece = min_of(S::V, X);
-#pragma unroll
-        for (int i = 0; i < S::V / piece; ++i)
-          store_bits(to.data + Index::k(slot, head, d + i * piece), piece_of<size, piece>(h.c[k][side], i));
-      }
+      for (int i = 0; i < S::V / piece; ++i)
+        store_bits(to.data + Index::k(slot, head, d + i * piece), piece_of<size, piece>(h.c[k][side], i));
     }
   }
 }
@@ -209,18 +193,55 @@ template <class G, class I, bool HAS_OUT> struct KeySink {
     if constexpr (HAS_OUT)
       store_head<S, X>(out + (u64(token) * G::HEADS + head) * (S::D * X::size), lane, active, bits);
     const StoredHead<S, G> h = stored_head<S, G>(bits, to.fixed);
-    if (active && slot.inside(to.slots)) store_cached<S, G, false>(to, u32(slot.s), head, lane, h);
+    if (!active || !slot.inside(to.slots)) return;
+    store_scale<S, G>(to, u32(slot.s), head, lane, h);
+    store_cached<S, G>(to, u32(slot.s), head, lane, h);
   }
 };
 
 // ---- v: no norm, no rotation
 
-// Heads one by one, each element where it belongs.
+// A block's heads as the cache holds them, for the shuffled layout, where the elements of a head of v lie 16 bytes
+// apart: written from shared memory with neighbouring elements in neighbouring lanes, two to a sector of 32 bytes.
+template <class S, class Deal, class G> struct ValueSpread {
+  static constexpr int size = StoredHead<S, G>::size, ROWS = Deal::GROUPS * Deal::UNROLL, PITCH = S::D * size + 16;
+  static constexpr int bytes = ROWS * PITCH + ROWS * 4;  // rows start in different banks
+  static constexpr u32 nowhere = 0xffffffffu;
+
+  static JN_DEV void put(u32 row, u32 lane, u32 place, const StoredHead<S, G>& h) {
+    unsigned char* shared = shared_memory();
+#pragma unroll
+    for (int k = 0; k < S::PER; ++k)
+#pragma unroll
+      for (int side = 0; side < 2; ++side)
+        if (S::has(k, lane))
+          store_bits((char*)shared + row * PITCH + S::column(S::item(k, lane), side) * size, h.c[k][side]);
+    if (lane == 0) ((u32*)(shared + ROWS * PITCH))[row] = place;
+  }
+  static JN_DEV void write(u32 block, const CacheBuffers& to) {
+    const unsigned char* shared = shared_memory();
+    const u32* places = (const u32*)(shared + ROWS * PITCH);
+    barrier();
+    constexpr int all = ROWS * S::D, steps = ceil_div(all, Deal::THREADS);
+#pragma unroll 16
+    for (int step = 0; step < steps; ++step) {
+      const u32 e = step * Deal::THREADS + thread_id(), row = e / S::D, d = e % S::D;
+      if (all % Deal::THREADS != 0 && e >= u32(all)) break;
+      const u32 place = places[row], unit = block * Deal::GROUPS + row / Deal::UNROLL;
+      if (place != nowhere)
+        store_bits(to.data + CacheIndex<G>::v(place, Deal::head(unit, row % Deal::UNROLL), d),
+                   *(const Bits<size>*)(shared + row * PITCH + d * size));
+    }
+  }
+};
+
+// Heads one by one, wherever their slots are.
 template <class S, class Deal, class G, class X, class I, bool HAS_OUT>
 JN_DEV void value_heads(const char* v, u64 stride, const char* slots, u32 tokens, u32 block, char* out,
                         const CacheBuffers& to) {
-  const u32 thread = thread_id(), lane = thread % S::LANES;
-  const u32 unit = block * Deal::GROUPS + thread / S::LANES, token = Deal::token(unit);
+  using Spread = ValueSpread<S, Deal, G>;
+  const u32 thread = thread_id(), lane = thread % S::LANES, group = thread / S::LANES;
+  const u32 unit = block * Deal::GROUPS + group, token = Deal::token(unit);
   const bool active = unit < Deal::units(tokens);
   const Slot<I> slot = issue_slot<I>(slots, token, active);
   HeadBits<S, X> bits[Deal::UNROLL];
@@ -231,12 +252,17 @@ JN_DEV void value_heads(const char* v, u64 stride, const char* slots, u32 tokens
 #pragma unroll
   for (int u = 0; u < Deal::UNROLL; ++u) {
     const u32 head = Deal::head(unit, u);
-    const bool mine = active && Deal::has(unit, u);
+    const bool mine = active && Deal::has(unit, u), written = mine && slot.inside(to.slots);
     if constexpr (HAS_OUT)
       store_head<S, X>(out + (u64(token) * G::HEADS + head) * (S::D * X::size), lane, mine, bits[u]);
     const StoredHead<S, G> h = stored_head<S, G>(bits[u], to.fixed);
-    if (mine && slot.inside(to.slots)) store_cached<S, G, true>(to, u32(slot.s), head, lane, h);
+    if (written) store_scale<S, G>(to, u32(slot.s), head, lane, h);
+    if constexpr (G::SHUFFLED)
+      Spread::put(group * Deal::UNROLL + u, lane, written ? u32(slot.s) : Spread::nowhere, h);
+    else if (written)
+      store_cached<S, G>(to, u32(slot.s), head, lane, h);
   }
+  if constexpr (G::SHUFFLED) Spread::write(block, to);
 }
 
 // TILE neighbouring tokens of one head, for the shuffled layout, where the same element of X neighbouring slots is 16
@@ -279,9 +305,8 @@ template <class S, class G, class X, class I, int THREADS, int TILE> struct Valu
             store_bits((char*)shared + row * PITCH + S::column(S::item(k, lane), side) * size, h.c[k][side]);
       if (lane == 0) {
         places[row] = inside ? u32(slot[r].s) : nowhere;
-        if (G::STORED == Stored::kToken && inside)
-          ((u32*)to.scales)[CacheIndex<G>::scale(u32(slot[r].s), head)] = h.scale;
       }
+      if (inside) store_scale<S, G>(to, u32(slot[r].s), head, lane, h);
     }
     barrier();
     for (u32 i = thread; i < TILE / GROUP * S::D; i += THREADS) {
