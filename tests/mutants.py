@@ -65,6 +65,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("another backend in silence", "jaxnorm/_dispatch.py", 'if named in (None, "xla"):', "if True:", "tests/test_errors.py -k kernel_backends"),
     Mutant("dweight in float32 for every weight", API, 'out["dweight"].astype(weight.dtype)', 'out["dweight"]', NUMERICS + "test_dtypes"),
     Mutant("tail cotangent counted", REF, "f32(dy[..., : n.shape[-1]])", "f32(dy[..., : n.shape[-1]]) + 0 * f32(dy[..., -1:])", NUMERICS + "pad64"),
+    Mutant("ranks summed in another order", "jaxnorm/distributed/_collectives.py", "for p in range(1, parts.shape[0]):",
+           "for p in reversed(range(1, parts.shape[0])):", "tests/test_distributed.py -k 'values and residual'"),
+    Mutant("rows that no rank has are left", "jaxnorm/distributed/composite.py", "mask(residual_out, 0) if config.scatter", "residual_out if config.scatter",
+           "tests/test_distributed.py -k 'values and ragged'"),
+    Mutant("another call not noticed", "csrc/include/jaxnorm/peers.h", "if (ahead == 0 && u32(seen >> 32) != signature)", "if (false)",
+           "tests/test_distributed_simt.py -k another_call"),
+    Mutant("epochs compared without a sign", "csrc/include/jaxnorm/peers.h", "const int ahead = int(u32(seen) - epoch);",
+           "const int ahead = u32(seen) < epoch ? -1 : u32(seen) == epoch ? 0 : 1;", "tests/test_distributed_simt.py -k wrap"),
+    Mutant("a failed call leaves what was there", "csrc/kernels/distributed.hip", "if (!good)", "if (false)", "tests/test_distributed_simt.py -k missing"),
 )  # fmt: skip
 
 ROPE, QK = "jaxnorm/_ref/rope.py", "jaxnorm/_ref/qk.py"

@@ -24,7 +24,7 @@ from jaxnorm import QuantSpec, distributed
 MX = {"group_size": 32, "scale_dtype": "e8m0"}
 CALLS = {
     "plain": Call(12),
-    "residual": Call(16, ranks=8, residual="float32", options={"weight_offset": 1.0, "eps": 1e-3}),
+    "residual": Call(16, ranks=8, x="float32", residual="float32", options={"weight_offset": 1.0, "eps": 1e-3}),
     "ragged-16bit-residual": Call(13, residual="bfloat16", x="float16"),
     "few-rows": Call(3, 96, ranks=8, x="float32", weight=None),
     "fewer-rows-than-ranks": Call(3, ranks=8, spec=QuantSpec("int8"), residual="bfloat16"),
