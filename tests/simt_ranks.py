@@ -172,11 +172,18 @@ class Group:
         return self.spaces[rank].array[:12].view(np.uint32)
 
     def run(
-        self, library: ctypes.CDLL, steps: list[Step], shapes, *, patience_s: float = 20.0, limit_s: int = 60
+        self,
+        library: ctypes.CDLL,
+        steps: list[Step],
+        shapes,
+        *,
+        patience_s: float = 20.0,
+        cleared: bool = False,
+        limit_s: int = 60,
     ) -> list[list[dict[str, np.ndarray]]]:
         """Results by name of every step and rank; a rank goes on to its next call as soon as it can.
 
-        ``shapes(step, rank)`` gives (shape, dtype) of every result by name.
+        ``shapes(step, rank)`` gives (shape, dtype) of every result by name. ``cleared``: results hold zeros before, not NaN.
         """
         args = (Args * (self.ranks * len(steps)))()
         kept, results = [], []
@@ -186,6 +193,8 @@ class Group:
                 a = args[r * len(steps) + c]
                 held = {n: Guarded(v.shape, v.dtype.name, v) for n, v in step.operands[r].items()}
                 held |= {n: Guarded(shape, kind) for n, (shape, kind) in shapes(step, r).items()}
+                for n in shapes(step, r) if cleared else ():
+                    held[n].array[...] = 0
                 kept.append((held, step.operands[r]))
                 for i, name in enumerate(BUFFERS):
                     a.buffer[i] = held[name].address if name in held else None

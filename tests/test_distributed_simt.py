@@ -166,7 +166,7 @@ def test_a_missing_rank_is_named_in_time():
         bad = dataclasses.replace(good, absent=(2,))
         start = time.monotonic()
         first, second, third = group.run(
-            library, [good, bad, bad], lambda s, r, shot=shot: shot.shapes(), patience_s=0.3
+            library, [good, bad, bad], lambda s, r, shot=shot: shot.shapes(), patience_s=0.3, cleared=True
         )
         assert time.monotonic() - start < 10
         shot.check(arrays, first, "before")
@@ -187,7 +187,7 @@ def test_another_call_is_noticed():
     library, found, group = prepare(target, ranks)
     shot = found[1]
     step = shot.step(target, 1, shot.call.inputs(), signatures={1: 99})
-    (results,) = group.run(library, [step], lambda s, r: shot.shapes(), patience_s=5)
+    (results,) = group.run(library, [step], lambda s, r: shot.shapes(), patience_s=5, cleared=True)
     codes = [int(group.errors[r].array[0]) for r in range(ranks)]
     assert 2 in {c & 15 for c in codes} and all(codes), codes
     assert all(is_poison(r["scale"]) for r in results)
