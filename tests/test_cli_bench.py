@@ -88,6 +88,13 @@ def test_the_first_shape_of_every_op_comes_first():
     ]
 
 
+def test_a_shape_may_name_its_op():
+    cases = ops.select(["rmsnorm", "rmsnorm_bwd", "quantize"], ["rmsnorm:4x64", "8x64"], ["float32"], ["int8"], False)
+    assert sorted((c.op, c.shape[0]) for c in cases) == [
+        ("quantize", 8), ("rmsnorm", 4), ("rmsnorm", 8), ("rmsnorm_bwd", 4), ("rmsnorm_bwd", 8)
+    ]  # fmt: skip
+
+
 RUN = ("bench", "--ops", "rmsnorm,rmsnorm_quant", "--shapes", "4x64,8x64", "--specs", "int8", "--timer", "wall")
 
 
@@ -254,6 +261,8 @@ def test_a_case_that_cannot_be_set_up_is_recorded_and_the_others_run(call, monke
         (("--shapes", "4x64x2"), 2, "--shapes: got 4x64x2, expected one for rmsnorm: ROWSxFEATURES"),
         (("--shapes", "4x64,8x8x8"), 2, "got 8x8x8, expected the number of dims of one of the ops"),
         (("--ops", "rmsnorm_quant", "--specs", "mxfp8", "--shapes", "4x48"), 2, "got 48 features for mxfp8"),
+        (("--shapes", "rmsnrom:4x64"), 2, "got 'rmsnrom:4x64', expected OP:SHAPE with one of rmsnorm"),
+        (("--shapes", "add_rmsnorm:4x64,rmsnorm:4x64x2"), 2, "expected one for rmsnorm: ROWSxFEATURES"),
         (("--dtypes", "float64"), 2, "--dtypes: got 'float64', expected some of bfloat16, float16, float32"),
         (("--specs", "int4"), 2, "--specs: got 'int4', expected some of int8, fp8"),
         (("--backends", "cuda"), 2, "--backends: got 'cuda', expected some of xla, triton, hip, auto"),

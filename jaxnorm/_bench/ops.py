@@ -164,34 +164,44 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _for_op(text: str) -> tuple[str, tuple[int, ...]]:
+    """``rope:8192x32x128`` -> ("rope", (8192, 32, 128)); without an op the first is empty."""
+    name, _, shape = text.strip().rpartition(":")
+    if name and name not in OPS:
+        raise ValueError(f"shapes: got {text!r}, expected OP:SHAPE with one of {', '.join(OPS)}")
+    return name, parse_shape(shape)
+
+
 def select(
     ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], specs: Sequence[str], small: bool
 ) -> list[Case]:
     """The cases of a run: the first shape of every op before the second of any.
 
     Args:
-      shapes: each is taken by the ops that have as many dims; empty = the usual ones of each op.
+      shapes: each is taken by the ops that have as many dims, or by the one it names (``rope:8192x32x128``, its backward included);
+        empty = the usual ones of each op.
       small:  the usual shapes for a CPU.
 
     Raises:
       ValueError: an op that none of the shapes fits, a shape that fits none, or one that a format cannot divide.
     """
-    wanted = [parse_shape(s) for s in shapes]
+    wanted = [_for_op(s) for s in shapes]
     ranked: list[tuple[int, Case]] = []
     used = set()
     for name in ops:
         op = OPS[name]
         usual = [parse_shape(s) for s in (op.small if small else op.shapes)]
-        mine = [s for s in wanted if len(s) == len(usual[0])] if wanted else usual
-        if not mine:
+        fitting = [(o, s) for o, s in wanted if len(s) == len(usual[0]) and o in ("", name, op.function)]
+        if wanted and not fitting:
             raise ValueError(
                 f"shapes: got {', '.join(shapes)}, expected one for {name}: {op.dims}, such as {op.shapes[0]}"
             )
-        used.update(mine)
+        used.update(fitting)
         formats = specs if op.quantises else [""]
+        mine = [s for _, s in fitting] or usual
         ranked += [(i, Case(name, s, d, f)) for i, s in enumerate(mine) for d in dtypes for f in formats]
-    if unused := [s for s in wanted if s not in used]:
-        raise ValueError(f"shapes: got {'x'.join(map(str, unused[0]))}, expected the number of dims of one of the ops")
+    if unused := [text for text, parsed in zip(shapes, wanted, strict=True) if parsed not in used]:
+        raise ValueError(f"shapes: got {unused[0]}, expected the number of dims of one of the ops")
     for _, case in ranked:
         _check(case)
     return [case for _, case in sorted(ranked, key=lambda e: e[0])]

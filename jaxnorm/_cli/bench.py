@@ -29,7 +29,7 @@ def bench(
         ),
     ] = "",
     shapes: Annotated[
-        str, typer.Option(help="Comma list such as 8192x4096,16x4096; default: usual ones of each op.")
+        str, typer.Option(help="Comma list such as 8192x4096,rope:8192x32x128; default: usual ones of each op.")
     ] = "",
     dtypes: Annotated[str, typer.Option(help="Comma list of bfloat16, float16, float32.")] = "bfloat16",
     specs: Annotated[

@@ -20,7 +20,8 @@ app = new_app()
 def tune(
     ops: Annotated[str, typer.Option(help="Comma list, or `all`; `jaxnorm bench --list` shows them.")] = "all",
     shapes: Annotated[
-        str, typer.Option(help="The shapes you run, such as 8192x4096,16x4096; default: usual ones of each op.")
+        str,
+        typer.Option(help="The shapes you run, such as 8192x4096,rope:8192x32x128; default: usual ones of each op."),
     ] = "",
     dtypes: Annotated[str, typer.Option(help="Comma list of bfloat16, float16, float32.")] = "bfloat16",
     specs: Annotated[str, typer.Option(help="Formats of codes for the ops that quantise, as for bench.")] = "fp8",
