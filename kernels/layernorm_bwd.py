@@ -50,6 +50,15 @@ def _normalised(n, x_bias, mean, shift, rstd, HAS_X_BIAS: tl.constexpr):
 
 
 @triton.jit
+def _bias_at(x_bias_ptr, n, cols, live, HAS_X_BIAS: tl.constexpr, MASKED: tl.constexpr):
+    """x_bias at some columns; where there is none n stands in for it, which :func:`_normalised` does not read."""
+    if HAS_X_BIAS:
+        return load(x_bias_ptr, cols, live, MASKED)
+    else:
+        return n
+
+
+@triton.jit
 def _store_share(base, sums, cols, live, N: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """The sums of a program over its rows, [N]."""
     WIDTH: tl.constexpr = BLOCK * (CHUNKS if CHUNKS > 0 else 1)
@@ -134,9 +143,12 @@ def layernorm_bwd(
         mean, shift, rstd = spread(m0, CHUNKS), spread(e, CHUNKS), spread(scale, CHUNKS)
         if HAS_DRESIDUAL_OUT and not REREAD:
             extra = load(dresidual_out_ptr + row * N, cols, inside, MASKED)
-        if HAS_X_BIAS and REREAD:
-            x_bias = load_first(x_bias_ptr, cols, live, N < WIDTH)
-        xh = _normalised(n, x_bias, mean, shift, rstd, HAS_X_BIAS)
+        if REREAD:
+            xh = _normalised(
+                n, _bias_at(x_bias_ptr, n, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, HAS_X_BIAS
+            )
+        else:
+            xh = _normalised(n, x_bias, mean, shift, rstd, HAS_X_BIAS)
         gw = dy.to(tl.float32)
         if HAS_DWEIGHT:  # before the sums of the row, so that dy need not outlive them
             dweight += gw * xh
@@ -150,10 +162,10 @@ def layernorm_bwd(
         product = spread(row_sum(gw * xh, CHUNKS), CHUNKS) / N
         average = spread(row_sum(gw, CHUNKS), CHUNKS) / N
         if REREAD:
-            if HAS_X_BIAS:
-                x_bias = load_again(x_bias_ptr, cols, live, N < WIDTH)
             again = load_again(n_ptr + row * N, cols, inside, MASKED)
-            xh = _normalised(again, x_bias, mean, shift, rstd, HAS_X_BIAS)
+            xh = _normalised(
+                again, _bias_at(x_bias_ptr, again, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, HAS_X_BIAS
+            )
             gw = load_again(dy_ptr + row * P, cols, inside, MASKED).to(tl.float32)
             if HAS_WEIGHT:
                 gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET, N < WIDTH)
@@ -215,13 +227,11 @@ def layernorm_bwd_long(
     mean, shift, rstd = tl.load(mean_ptr + row), tl.load(shift_ptr + row), tl.load(rstd_ptr + row)
     products = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    x_bias = 0.0
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         cols = start + lane
         live = cols < N
-        if HAS_X_BIAS:
-            x_bias = load(x_bias_ptr, cols, live, MASKED)
-        xh = _normalised(load_first(n_ptr + row * N, cols, live, MASKED), x_bias, mean, shift, rstd, HAS_X_BIAS)
+        n = load_first(n_ptr + row * N, cols, live, MASKED)
+        xh = _normalised(n, _bias_at(x_bias_ptr, n, cols, live, HAS_X_BIAS, MASKED), mean, shift, rstd, HAS_X_BIAS)
         gw = load_first(dy_ptr + row * P, cols, live, MASKED).to(tl.float32)
         if HAS_WEIGHT:
             gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASKED)
@@ -234,9 +244,8 @@ def layernorm_bwd_long(
     for start in tl.range(0, N, BLOCK, num_stages=STAGES):
         cols = start + lane
         live = cols < N
-        if HAS_X_BIAS:
-            x_bias = load(x_bias_ptr, cols, live, MASKED)
-        xh = _normalised(load_again(n_ptr + row * N, cols, live, MASKED), x_bias, mean, shift, rstd, HAS_X_BIAS)
+        n = load_again(n_ptr + row * N, cols, live, MASKED)
+        xh = _normalised(n, _bias_at(x_bias_ptr, n, cols, live, HAS_X_BIAS, MASKED), mean, shift, rstd, HAS_X_BIAS)
         gw = load_again(dy_ptr + row * P, cols, live, MASKED).to(tl.float32)
         if HAS_WEIGHT:
             gw = gw * affine(weight_ptr, cols, live, WEIGHT_OFFSET, MASKED)

@@ -356,6 +356,7 @@ def _bwd(problem: Problem, config: Backward) -> tuple[Launch, ...]:
 
 def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
     layer, means = _layer(problem), ("product", "average") if "dx_bias" in _vectors(problem) else ()
+    scratch = tuple((name, (problem.rows,), "float32") for name in means)
     wants = (("HAS_DX_BIAS", bool(means)),) if layer else ()
     dx = Launch(
         kernel=_kernel(problem, "bwd_long"),
@@ -365,7 +366,7 @@ def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
         grid=_grid(problem.rows),
         constants=(*_bwd_constants(problem), *wants, *loop.constants()),
         num_warps=loop.warps,
-        temps=tuple((name, (problem.rows,), "float32") for name in means),
+        temps=scratch,
     )
     if not _vectors(problem):
         return (dx,)
@@ -384,7 +385,7 @@ def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
         grid=(columns, programs, 1),
         constants=(*known, *_sum_constants(problem), *shape) if layer else (*known[:2], *shape),
         num_warps=128 // wave,
-        temps=temps,
+        temps=(*temps, *scratch),  # read here; named so that their type is known
     )
     return (dx, sums, *_reduce(problem, programs)) if temps else (dx, sums)
 
