@@ -19,11 +19,11 @@ FEW_BYTES = {"cuda": 2 << 20, "rocm": 512 << 10, "cpu": 0}
 
 
 # Bytes of a rank's partial sums up to which the fused kernel sends them to everyone (one exchange) instead of to their owners
-# (two). First figures: at W = 2 two shots were 29 % ahead at 16 MB on two H200s, one shot 9 % at 2 MB; the rest is reasoned.
+# (two). First figures, from a prototype on two H200s: two shots 29 % ahead at 16 MB, one shot 9 % at 2 MB; the rest is reasoned.
 ONE_SHOT_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 192 << 10}
 
-# Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite at every
-# number of rows tried (two H200s, N = 8192, M = 16, 128, 1024, 8192: 0.35, 0.46, 0.57, 0.63 of its time).
+# Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite. First
+# figures, from the same prototype: two H200s, N = 8192, M = 16, 128, 1024, 8192: 0.35, 0.46, 0.57, 0.63 of the composite's time.
 FUSED_RANKS = {"cuda": (2,), "rocm": ()}
 
 # Largest half of a workspace; a rank holds two.
