@@ -120,14 +120,15 @@ def _forward_launch(problem: Problem, found: list[Part], deal: Deal) -> Launch:
 def _walk(problem: Problem, found: list[Part]) -> Walk:
     """On NVIDIA as many blocks of 128 threads as registers allow, each with one head a group on its way: 64 bytes a thread of bf16.
 
-    80 registers, which six blocks a unit leave, are enough for 16 elements a lane, 64 for eight, and 96 with the three positions of
-    mrope (seen to do without spills in the sm_90 code). AMD has registers for eight blocks of two heads.
+    80 registers, which six blocks a unit leave, are enough for 16 elements a lane, 64 for eight, 96 with the three positions of mrope
+    and 128 where they turn part of a head (seen to do without spills in the sm_90 code). AMD has registers for eight blocks of two heads.
     """
     held = max(lane_elements(problem, p) for p in found)
     if not _nvidia(problem):
         return Walk(Deal(THREADS, 2 if held <= 16 else 1), 8, ahead=False)
     mrope = not two_stream(problem) and problem.option("sections") is not None
-    per_unit = 2 if held > 16 else 5 if mrope else 6 if held > 8 else 8
+    partial = any(p.rotary < problem.features for p in found)
+    per_unit = 2 if held > 16 else (4 if partial else 5) if mrope else 6 if held > 8 else 8
     return Walk(Deal(THREADS, 1, per_unit), per_unit, ahead=False)
 
 
