@@ -59,8 +59,8 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
         shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))
         if shared and not call.sums and call.row_block == 1:
             spread = [
-                a if b or not rows else jnp.broadcast_to(a, (size, *a.shape))
-                for a, b, rows in zip(operands, batched, has_rows, strict=True)
+                _batch_behind(call, name, a if b else jnp.broadcast_to(a, (size, *a.shape))) if rows else a
+                for name, a, b, rows in zip(call.names, operands, batched, has_rows, strict=True)
             ]
             return tuple(_batch_first(call, r[0], o) for r, o in zip(call.results, stage(*spread), strict=True)), whole
         if call.backend in (None, "xla") and jax.device_count() > 1 and not _compat.manual_axes():
@@ -76,6 +76,11 @@ def _batched(call: StageCall) -> Callable[..., tuple[jax.Array, ...]]:
         return jax.lax.map(example, loop), whole
 
     return stage
+
+
+def _batch_behind(call: StageCall, name: str, operand: jax.Array) -> jax.Array:
+    """The new leading dim of an operand behind whatever precedes ``...``."""
+    return jnp.moveaxis(operand, 0, call.dims(name).index("..."))
 
 
 def _batch_first(call: StageCall, name: str, result: jax.Array) -> jax.Array:
@@ -114,9 +119,11 @@ def _local(call: StageCall, *operands: jax.Array) -> tuple[jax.Array, ...]:
     call = call.on_shard(operands)
     lead = call.lead(operands[0].shape)
     rows = math.prod(lead)
-    flat = [
-        a.reshape(rows, *a.shape[len(lead) :]) if "..." in call.dims(name) else a
-        for name, a in zip(call.names, operands, strict=True)
-    ]
+    flat = []
+    for name, a in zip(call.names, operands, strict=True):
+        if "..." in call.dims(name):
+            at = call.dims(name).index("...")
+            a = a.reshape(*a.shape[:at], rows, *a.shape[at + len(lead) :])
+        flat.append(a)
     out = _launch.stage_p.bind(*flat, call=call)
     return tuple(o.reshape(call.result_shape(name, lead)) for (name, _, _), o in zip(call.results, out, strict=True))

@@ -53,7 +53,7 @@ def angles(
     cos_sin_ptr,
     token,
     tokens,
-    period,
+    count,
     rows,
     R: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -64,16 +64,17 @@ def angles(
     S2: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """(cos, sin) of tokens with positions ``[tokens]`` or ``[period]``, three to a token for mrope."""
+    """(cos, sin) of tokens with positions ``[count]``, for mrope ``[3, count]``; PERIOD: those of one sequence serve all."""
     live = token < tokens
     where = token
     if PERIOD:
-        where = token % period
+        where = token % count
     if MROPE:
-        at = positions_ptr + where.to(tl.int64) * 3
+        at = positions_ptr + where.to(tl.int64)
+        step = tl.cast(count, tl.int64)
         first = tl.load(at, mask=live, other=-1)[:, None]
-        second = tl.load(at + 1, mask=live, other=-1)[:, None]
-        third = tl.load(at + 2, mask=live, other=-1)[:, None]
+        second = tl.load(at + step, mask=live, other=-1)[:, None]
+        third = tl.load(at + 2 * step, mask=live, other=-1)[:, None]
         c = component(tl.arange(0, PAIRS)[None, :], S1, S2, S0, INTERLEAVED)
         row = tl.where(c == 0, first, tl.where(c == 1, second, third))
     else:

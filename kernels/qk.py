@@ -59,7 +59,7 @@ def _forward(
 
 @triton.jit
 def _one(
-    x_ptr, w_ptr, y_ptr, positions_ptr, cos_sin_ptr, pid, tokens, period, rows,
+    x_ptr, w_ptr, y_ptr, positions_ptr, cos_sin_ptr, pid, tokens, count, rows,
     H: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HAS_W: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     PAIRS: tl.constexpr, REST: tl.constexpr, GPTJ: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
     PERIOD: tl.constexpr, MROPE: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
@@ -68,7 +68,7 @@ def _one(
     """One tile of q or of k."""
     token, head, live = owned(pid, tokens, H, TOKENS, HEADS)
     cos, sin = angles(
-        positions_ptr, cos_sin_ptr, token, tokens, period, rows, R, PAIRS, PERIOD, MROPE, S0, S1, S2, INTERLEAVED
+        positions_ptr, cos_sin_ptr, token, tokens, count, rows, R, PAIRS, PERIOD, MROPE, S0, S1, S2, INTERLEAVED
     )
     base = head_base(token, head, H, D)
     _forward(x_ptr, w_ptr, y_ptr, cos, sin, base, base, live, D, R, PAIRS, REST, GPTJ, HAS_W, EPS, WEIGHT_OFFSET)
@@ -80,10 +80,10 @@ def qk_norm_rope(
     x1_ptr,  # [tokens, H1, D]
     w0_ptr,  # [D]
     w1_ptr,
-    positions_ptr,  # [tokens] or [period], three to a token for mrope
+    positions_ptr,  # [count], for mrope [3, count]; count is tokens, or those of one sequence
     cos_sin_ptr,  # [rows, R]
     tokens,
-    period,
+    count,
     rows,
     blocks0,
     y0_ptr,  # as x0
@@ -99,10 +99,10 @@ def qk_norm_rope(
     """A program owns TOKENS<i> tokens by HEADS<i> heads of q or of k; those of q come first."""
     pid = program_index()
     if pid < blocks0:
-        _one(x0_ptr, w0_ptr, y0_ptr, positions_ptr, cos_sin_ptr, pid, tokens, period, rows, H0, TOKENS0, HEADS0, HAS_W0,
+        _one(x0_ptr, w0_ptr, y0_ptr, positions_ptr, cos_sin_ptr, pid, tokens, count, rows, H0, TOKENS0, HEADS0, HAS_W0,
              D, R, PAIRS, REST, GPTJ, EPS, WEIGHT_OFFSET, PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip
     elif COUNT > 1:
-        _one(x1_ptr, w1_ptr, y1_ptr, positions_ptr, cos_sin_ptr, pid - blocks0, tokens, period, rows, H1, TOKENS1, HEADS1,
+        _one(x1_ptr, w1_ptr, y1_ptr, positions_ptr, cos_sin_ptr, pid - blocks0, tokens, count, rows, H1, TOKENS1, HEADS1,
              HAS_W1, D, R, PAIRS, REST, GPTJ, EPS, WEIGHT_OFFSET, PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def _store_share(
 
 @triton.jit
 def _backward(
-    x_ptr, dy_ptr, w_ptr, dx_ptr, positions_ptr, cos_sin_ptr, partial_ptr, pid, blocks, tokens, period, rows, all_tokens, start,
+    x_ptr, dy_ptr, w_ptr, dx_ptr, positions_ptr, cos_sin_ptr, partial_ptr, pid, blocks, tokens, count, rows, all_tokens, start,
     H: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HAS_W: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     PAIRS: tl.constexpr, REST: tl.constexpr, GPTJ: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
     STREAM: tl.constexpr, PERIOD: tl.constexpr, MROPE: tl.constexpr,
@@ -207,7 +207,7 @@ def _backward(
     """``g = turned back dy; xh = x * rstd; gw = g * w'; dx = rstd * (gw - xh * mean(gw * xh))``, dw = sum of g * xh.
 
     Takes the tiles pid, pid + blocks, ... of q or of k; its share of dw stays in registers. STREAM: the tokens are those of a
-    stream of ``period`` tokens a batch entry, joined to ``all_tokens`` in dy."""
+    stream of ``count`` tokens a batch entry, joined to ``all_tokens`` in dy."""
     HALF: tl.constexpr = R // 2
     if HAS_W:
         w_first, w_second, w_rest = load_vector(w_ptr, D, R, PAIRS, REST, GPTJ)
@@ -222,7 +222,7 @@ def _backward(
         token, head, live = owned(tile, tokens, H, TOKENS, HEADS)
         base = head_base(token, head, H, D)
         if STREAM:
-            out, row = _joined(token, period, all_tokens, start)
+            out, row = _joined(token, count, all_tokens, start)
             dy_base = head_base(out, head, H, D)
             cos, sin = angles_at(cos_sin_ptr, row[:, None], rows, token < tokens, R, PAIRS)
         else:
@@ -232,7 +232,7 @@ def _backward(
                 cos_sin_ptr,
                 token,
                 tokens,
-                period,
+                count,
                 rows,
                 R,
                 PAIRS,
@@ -273,7 +273,7 @@ def qk_norm_rope_bwd(
     dy0_ptr,  # as x0
     dy1_ptr,
     tokens,
-    period,
+    count,
     rows,
     blocks0,
     blocks1,
@@ -292,12 +292,12 @@ def qk_norm_rope_bwd(
     """The first blocks0 programs walk over q, the others over k."""
     pid = tl.program_id(0)
     if pid < blocks0:
-        _backward(x0_ptr, dy0_ptr, w0_ptr, dx0_ptr, positions_ptr, cos_sin_ptr, partial0_ptr, pid, blocks0, tokens, period, rows,
+        _backward(x0_ptr, dy0_ptr, w0_ptr, dx0_ptr, positions_ptr, cos_sin_ptr, partial0_ptr, pid, blocks0, tokens, count, rows,
                   0, 0, H0, TOKENS0, HEADS0, HAS_W0, D, R, PAIRS, REST, GPTJ, EPS, WEIGHT_OFFSET, False,
                   PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip
     elif COUNT > 1:
         _backward(x1_ptr, dy1_ptr, w1_ptr, dx1_ptr, positions_ptr, cos_sin_ptr, partial1_ptr, pid - blocks0, blocks1, tokens,
-                  period, rows, 0, 0, H1, TOKENS1, HEADS1, HAS_W1, D, R, PAIRS, REST, GPTJ, EPS, WEIGHT_OFFSET, False,
+                  count, rows, 0, 0, H1, TOKENS1, HEADS1, HAS_W1, D, R, PAIRS, REST, GPTJ, EPS, WEIGHT_OFFSET, False,
                   PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def _query(x_ptr, w_ptr, positions_ptr, cos_sin_ptr, out_ptr, pid, tokens, rows,
            WEIGHT_OFFSET: tl.constexpr):  # fmt: skip
     token, head, live = owned(pid, tokens, H, TOKENS, HEADS)
     cos, sin = angles(
-        positions_ptr, cos_sin_ptr, token, tokens, 1, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED
+        positions_ptr, cos_sin_ptr, token, tokens, tokens, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED
     )
     base, out = _bases(token, head, H, D, ROW, 0)
     first, second, rest = _normed_turned(
@@ -159,7 +159,7 @@ def _key(x_ptr, w_ptr, positions_ptr, cos_sin_ptr, slots_ptr, fixed_ptr, out_ptr
     token, head, live = owned(pid, tokens, H, TOKENS, HEADS)
     slot, inside = _slots(slots_ptr, token, tokens, all_slots)
     cos, sin = angles(
-        positions_ptr, cos_sin_ptr, token, tokens, 1, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED
+        positions_ptr, cos_sin_ptr, token, tokens, tokens, rows, R, PAIRS, False, MROPE, S0, S1, S2, INTERLEAVED
     )
     base, out = _bases(token, head, H, D, ROW, FIRST)
     first, second, rest = _normed_turned(
@@ -196,7 +196,7 @@ def qk_norm_rope_cache(
     v_ptr,
     q_weight_ptr,  # [D]
     k_weight_ptr,
-    positions_ptr,  # [tokens], three to a token for mrope
+    positions_ptr,  # [tokens], for mrope [3, tokens]
     cos_sin_ptr,  # [rows, R]
     slots_ptr,  # [tokens]
     k_cache_ptr,

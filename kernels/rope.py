@@ -14,7 +14,7 @@ from ._heads import angles, head_base, load_pairs, owned, store_pairs, turned
 
 @triton.jit
 def _array(
-    x_ptr, y_ptr, positions_ptr, cos_sin_ptr, pid, tokens, period, rows,
+    x_ptr, y_ptr, positions_ptr, cos_sin_ptr, pid, tokens, count, rows,
     H: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr,
     REST: tl.constexpr, GPTJ: tl.constexpr, INVERSE: tl.constexpr, PERIOD: tl.constexpr, MROPE: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -24,7 +24,7 @@ def _array(
     base = head_base(token, head, H, D)
     first, second, rest = load_pairs(x_ptr, base, live, D, R, PAIRS, REST, GPTJ)
     cos, sin = angles(
-        positions_ptr, cos_sin_ptr, token, tokens, period, rows, R, PAIRS, PERIOD, MROPE, S0, S1, S2, INTERLEAVED
+        positions_ptr, cos_sin_ptr, token, tokens, count, rows, R, PAIRS, PERIOD, MROPE, S0, S1, S2, INTERLEAVED
     )
     if INVERSE:
         sin = -sin
@@ -38,10 +38,10 @@ def rope(
     x1_ptr,  # [tokens, H1, D]
     x2_ptr,
     x3_ptr,
-    positions_ptr,  # [tokens] or [period], three to a token for mrope
+    positions_ptr,  # [count], for mrope [3, count]; count is tokens, or those of one sequence
     cos_sin_ptr,  # [rows, R], any float dtype
     tokens,
-    period,
+    count,
     rows,
     blocks0,
     blocks1,
@@ -62,18 +62,18 @@ def rope(
     """A program owns TOKENS<i> tokens by HEADS<i> heads of one array; programs of array 0 come first."""
     pid = program_index()
     if pid < blocks0:
-        _array(x0_ptr, y0_ptr, positions_ptr, cos_sin_ptr, pid, tokens, period, rows, H0, TOKENS0, HEADS0,
+        _array(x0_ptr, y0_ptr, positions_ptr, cos_sin_ptr, pid, tokens, count, rows, H0, TOKENS0, HEADS0,
                D, R, PAIRS, REST, GPTJ, INVERSE, PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip
     elif COUNT > 1:
         pid -= blocks0
         if pid < blocks1:
-            _array(x1_ptr, y1_ptr, positions_ptr, cos_sin_ptr, pid, tokens, period, rows, H1, TOKENS1, HEADS1,
+            _array(x1_ptr, y1_ptr, positions_ptr, cos_sin_ptr, pid, tokens, count, rows, H1, TOKENS1, HEADS1,
                    D, R, PAIRS, REST, GPTJ, INVERSE, PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip
         elif COUNT > 2:
             pid -= blocks1
             if pid < blocks2:
-                _array(x2_ptr, y2_ptr, positions_ptr, cos_sin_ptr, pid, tokens, period, rows, H2, TOKENS2, HEADS2,
+                _array(x2_ptr, y2_ptr, positions_ptr, cos_sin_ptr, pid, tokens, count, rows, H2, TOKENS2, HEADS2,
                        D, R, PAIRS, REST, GPTJ, INVERSE, PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip
             elif COUNT > 3:
-                _array(x3_ptr, y3_ptr, positions_ptr, cos_sin_ptr, pid - blocks2, tokens, period, rows, H3, TOKENS3, HEADS3,
+                _array(x3_ptr, y3_ptr, positions_ptr, cos_sin_ptr, pid - blocks2, tokens, count, rows, H3, TOKENS3, HEADS3,
                        D, R, PAIRS, REST, GPTJ, INVERSE, PERIOD, MROPE, S0, S1, S2, INTERLEAVED)  # fmt: skip

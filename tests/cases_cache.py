@@ -187,7 +187,7 @@ class Case:
             del found["q"]
         found |= {n: arrays[n] for n in ("q_weight", "k_weight") if n in arrays}
         positions = arrays["positions"]
-        found |= {"positions": np.ascontiguousarray(positions.T) if self.sections else positions}
+        found |= {"positions": positions}
         found |= {n: arrays[n] for n in ("cos_sin", "slots")}
         return found | self.buffers(arrays)
 

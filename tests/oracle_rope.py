@@ -169,13 +169,9 @@ class Case:
             x = a[f"g{i}" if backward and not norm else f"x{i}"]
             operands[f"x{i}"] = x.reshape(*fold, *x.shape[-2:])
         operands |= {f"w{i}": a[f"w{i}"] for i in each if f"w{i}" in a}
-        positions = a["positions"]
-        if self.sections:
-            positions = np.moveaxis(positions, 0, -1)
-        tokens = () if self.shared else fold
-        operands["positions"] = np.ascontiguousarray(
-            positions if self.shared else positions.reshape(*tokens, *((3,) if self.sections else ()))
-        )
+        front = (3,) if self.sections else ()
+        tokens = self.lead[-1:] if self.shared else fold
+        operands["positions"] = a["positions"].reshape(*front, *tokens)
         operands["cos_sin"] = a["cos_sin"]
         if norm and backward:
             operands |= {f"dy{i}": a[f"g{i}"].reshape(operands[f"x{i}"].shape) for i in each}

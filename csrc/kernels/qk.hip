@@ -31,18 +31,18 @@
 #if defined(JN_ENTRY_qk_norm_rope)
 // y_i = turned cast(x_i * rstd * (w_i + offset))
 //   x_i, y_i [tokens, JN_HEADS<i>, JN_D]; w_i [JN_D] or null; x1 null where JN_COUNT is 1
-//   positions [tokens] or [period], three to a token for mrope; cos_sin [rows, JN_R0]
+//   positions [count], for mrope [3, count]; count is tokens, or those of one sequence; cos_sin [rows, JN_R0]
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     qk_norm_rope(const char* x0, const char* x1, const char* w0, const char* w1, const char* positions,
-                 const char* cos_sin, unsigned tokens, unsigned period, unsigned rows, char* y0, char* y1) {
+                 const char* cos_sin, unsigned tokens, unsigned count, unsigned rows, char* y0, char* y1) {
   using namespace jaxnorm;
   const Table<JN_TABLE0> table{cos_sin, rows};
   const JN_POSITION* const where = (const JN_POSITION*)positions;
   u32 block = u32(linear_block());
   const PlainTokens plain{};
-  JN_FORWARD(0, x0, w0, y0, tokens, (JN_SOURCE(JN_SHAPE(0)){table, where, period}), plain)
+  JN_FORWARD(0, x0, w0, y0, tokens, (JN_SOURCE(JN_SHAPE(0)){table, where, count}), plain)
 #if JN_COUNT > 1
-  JN_FORWARD(1, x1, w1, y1, tokens, (JN_SOURCE(JN_SHAPE(1)){table, where, period}), plain)
+  JN_FORWARD(1, x1, w1, y1, tokens, (JN_SOURCE(JN_SHAPE(1)){table, where, count}), plain)
 #endif
 }
 #endif
@@ -51,7 +51,7 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
 // dx_i, and partials_i [blocks_i, JN_D]: each block's sum of g * xh over its heads (null without a weight)
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     qk_norm_rope_bwd(const char* x0, const char* x1, const char* w0, const char* w1, const char* positions,
-                     const char* cos_sin, const char* dy0, const char* dy1, unsigned tokens, unsigned period,
+                     const char* cos_sin, const char* dy0, const char* dy1, unsigned tokens, unsigned count,
                      unsigned rows, unsigned blocks0, unsigned blocks1, char* dx0, char* dx1, float* partials0,
                      float* partials1) {
   using namespace jaxnorm;
@@ -59,9 +59,9 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
   const JN_POSITION* const where = (const JN_POSITION*)positions;
   u32 block = block_x();
   const PlainTokens plain{};
-  JN_BACKWARD(0, x0, dy0, w0, dx0, partials0, tokens, blocks0, (JN_SOURCE(JN_SHAPE(0)){table, where, period}), plain)
+  JN_BACKWARD(0, x0, dy0, w0, dx0, partials0, tokens, blocks0, (JN_SOURCE(JN_SHAPE(0)){table, where, count}), plain)
 #if JN_COUNT > 1
-  JN_BACKWARD(1, x1, dy1, w1, dx1, partials1, tokens, blocks1, (JN_SOURCE(JN_SHAPE(1)){table, where, period}), plain)
+  JN_BACKWARD(1, x1, dy1, w1, dx1, partials1, tokens, blocks1, (JN_SOURCE(JN_SHAPE(1)){table, where, count}), plain)
 #endif
 }
 #endif

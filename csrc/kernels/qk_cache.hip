@@ -16,7 +16,7 @@
 
 // q_out, k_out = turned cast(x * rstd * (w + offset)); the cache gets k_out and v at `slots`
 //   qkv [tokens, (HEADS0 + 2 * HEADS1) * D] if packed, else q, k, v [tokens, heads, D]; q is null where HEADS0 is 0
-//   q_weight, k_weight [D] or null; positions [tokens], three to a token for mrope; cos_sin [rows, R]; slots [tokens]
+//   q_weight, k_weight [D] or null; positions [tokens], for mrope [3, tokens]; cos_sin [rows, R]; slots [tokens]
 //   k_cache, v_cache and their scales: read by nobody, the buffers of k_cache_out ...; one float each per tensor
 //   q_out, k_out, v_out [tokens, heads, D], the last two or null
 // Blocks of v come first, which take longest, then those of k, then those of q.
@@ -65,8 +65,8 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
           k_out,
           {k_cache_out, k_scale_out, k_scale, all_slots},
           issue_slot<JN_SLOT>(slots, Deal::token(unit), unit < Deal::units(tokens))};
-      return forward_heads<Shape, Deal, JN_X1, false>(k, tokens, block, norm, JN_SOURCE(Shape){table, where, 1}, sink,
-                                                      row_k);
+      return forward_heads<Shape, Deal, JN_X1, false>(k, tokens, block, norm, JN_SOURCE(Shape){table, where, tokens},
+                                                      sink, row_k);
     }
     block -= blocks;
   }
@@ -76,7 +76,7 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     using Deal = JN_DEAL(0, Shape, JN_HEADS0);
     if (block < Deal::blocks(tokens)) {
       const HeadNorm<Shape, JN_X0, JN_W0, JN_HAS_OFFSET> norm{q_weight, JN_EPS, {{}, JN_OFFSET}};
-      forward_heads<Shape, Deal, JN_X0, false>(q, tokens, block, norm, JN_SOURCE(Shape){table, where, 1},
+      forward_heads<Shape, Deal, JN_X0, false>(q, tokens, block, norm, JN_SOURCE(Shape){table, where, tokens},
                                                StoreHead<JN_HEADS0, PlainTokens>{q_out, {}}, row_q);
     }
   }

@@ -5,7 +5,7 @@
 #if defined(JN_ENTRY_rope)
 // y_i = turned x_i
 //   x_i, y_i [tokens, JN_HEADS<i>, JN_D], null from JN_COUNT on
-//   positions [tokens] or [period], three to a token for mrope; cos_sin [rows, JN_R]
+//   positions [count], for mrope [3, count]; count is tokens, or those of one sequence; cos_sin [rows, JN_R]
 // A block has heads of one array; blocks of array 0 come first.
 #if JN_MROPE
 #define JN_SOURCE(S) jaxnorm::MropeAngles<S, JN_TABLE, JN_POSITION, JN_PERIOD, JN_S0, JN_S1, JN_S2, JN_INTERLEAVED>
@@ -18,7 +18,7 @@
     using Deal = HeadDeal<Shape, JN_HEADS##i, JN_UNROLL##i, JN_THREADS>;                                     \
     const u32 blocks = Deal::blocks(tokens);                                                                 \
     if (block < blocks) {                                                                                    \
-      const JN_SOURCE(Shape) source{table, (const JN_POSITION*)positions, period};                           \
+      const JN_SOURCE(Shape) source{table, (const JN_POSITION*)positions, count};                            \
       return forward_heads<Shape, Deal, JN_X##i, JN_INVERSE>(x##i, tokens, block, NoNorm{}, source,          \
                                                              StoreHead<JN_HEADS##i, PlainTokens>{y##i, {}}); \
     }                                                                                                        \
@@ -26,7 +26,7 @@
   }
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     rope(const char* x0, const char* x1, const char* x2, const char* x3, const char* x4, const char* x5, const char* x6,
-         const char* x7, const char* positions, const char* cos_sin, unsigned tokens, unsigned period, unsigned rows,
+         const char* x7, const char* positions, const char* cos_sin, unsigned tokens, unsigned count, unsigned rows,
          char* y0, char* y1, char* y2, char* y3, char* y4, char* y5, char* y6, char* y7) {
   using namespace jaxnorm;
   const Table<JN_TABLE> table{cos_sin, rows};

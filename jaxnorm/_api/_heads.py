@@ -2,7 +2,7 @@
 
 Heads are ``[..., T, H, D]``. Their tokens are the rows of a stage, ``"... h0 d"``, with one position a row; where one row of
 positions serves a whole batch, the tokens are a named dim, ``"... t h0 d"``, so that nobody repeats the positions. The three
-positions of mrope stand behind the tokens, ``"... c"``.
+positions of mrope stand in front of the tokens, ``"c ..."``, as the caller gives them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Config:
 
     @property
     def positions(self) -> str:
-        return ("t" if self.shared else "...") + (" c" if self.sections else "")
+        return ("c " if self.sections else "") + ("t" if self.shared else "...")
 
     def heads(self, i: int) -> str:
         """Dims of the i-th array of heads."""
@@ -64,9 +64,8 @@ class Config:
         sizes = {"d": 0}
         for a, dims in operands.values():
             named = dims.split()
-            sizes |= {
-                d: a.shape[i - len(named)] for i, d in enumerate(named) if d != "..."
-            }  # "..." stands first in all of them
+            at = named.index("...") if "..." in named else 0
+            sizes |= {d: a.shape[i] if i < at else a.shape[i - len(named)] for i, d in enumerate(named) if d != "..."}
         return StageCall(
             stage=stage.name,
             op=self.op,
@@ -125,7 +124,7 @@ def sections(op: str, argument: str, value: Any, rotary_dim: int) -> Sections:
 
 
 def positions(op: str, value: Any, lead: tuple[int, ...], rows: int, components: bool) -> tuple[jax.Array, bool]:
-    """(positions with the three components of mrope last, whether one row of them serves all leading dims but the tokens).
+    """(positions, with the three components of mrope first; whether one row of them serves all leading dims but the tokens).
 
     Host values outside of the table's rows are an error here; arrays are left to the kernels, which drop the rotation.
     """
@@ -143,7 +142,7 @@ def positions(op: str, value: Any, lead: tuple[int, ...], rows: int, components:
         remedy = "mrope has a position for time, height and width." if components else ""
         raise value_error(op, "positions", f"shape {a.shape}", expected, remedy)
     shared = len(lead) > 1 and a.ndim - components == 1
-    return jnp.moveaxis(a, 0, -1) if components else a, shared
+    return a, shared
 
 
 def _on_host(op: str, value: Any, rows: int) -> jax.Array:

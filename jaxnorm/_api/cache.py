@@ -135,7 +135,7 @@ def _stage(config: _Config, arrays: Arrays) -> Arrays:
     g, dims = config.geometry, config.cache_dims()
     packed, apart = "qkv" in arrays, not {"qkv", "q"} & arrays.keys()
     rows = {"qkv": "... w", "q": "... h d", "k": "... j d", "v": "... j d", "slots": "...", "cos_sin": "t r",
-            "positions": "... c" if dict(config.options)["sections"] else "...", "q_weight": "d", "k_weight": "d"}  # fmt: skip
+            "positions": "c ..." if dict(config.options)["sections"] else "...", "q_weight": "d", "k_weight": "d"}  # fmt: skip
     operands = {name: (arrays[name], (rows | dims)[name]) for name in (*rows, *dims) if name in arrays}
     dtypes = {n: arrays["qkv" if packed else n].dtype.name for n in "qkv" if packed or n in arrays}
     results = [] if apart else [("q_out", "... h d", dtypes["q"])]

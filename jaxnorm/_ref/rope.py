@@ -42,16 +42,16 @@ def lookup(
 
     Args:
       table:     [P, 2h], any float dtype.
-      positions: ``[...]``, or with ``sections`` ``[..., 3]``: then each pair takes cos and sin at the position of its component.
+      positions: ``[...]``, or with ``sections`` ``[3, ...]``: then each pair takes cos and sin at the position of its component.
                  A position outside ``[0, P)`` drops the rotation of its pairs (cos 1, sin 0).
     """
     if sections is None:
         return _row(table, positions)
-    cos, sin = _row(table, positions)  # [..., 3, h]
+    cos, sin = _row(table, positions)  # [3, ..., h]
     pick = np.asarray(components(sections, interleaved))
     return (
-        jnp.where(pick == 0, cos[..., 0, :], jnp.where(pick == 1, cos[..., 1, :], cos[..., 2, :])),
-        jnp.where(pick == 0, sin[..., 0, :], jnp.where(pick == 1, sin[..., 1, :], sin[..., 2, :])),
+        jnp.where(pick == 0, cos[0], jnp.where(pick == 1, cos[1], cos[2])),
+        jnp.where(pick == 0, sin[0], jnp.where(pick == 1, sin[1], sin[2])),
     )
 
 

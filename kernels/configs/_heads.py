@@ -78,12 +78,13 @@ def lane_elements(problem: Problem, part: Part) -> int:
     return -(-(problem.features // (2 * v)) // lanes(problem, part)) * 2 * v
 
 
-def period(problem: Problem) -> int:
-    """Positions that serve all sequences, or 0 where each token has its own."""
-    if not problem.has("x0"):  # tokens of a cache
-        return 0
-    positions, x = problem.shape("positions"), problem.shape("x0")
-    return positions[0] if len(x) == 4 and len(positions) == (2 if problem.option("sections") else 1) else 0
+def shared_positions(problem: Problem) -> bool:
+    """Whether the positions of one sequence serve all."""
+    return (
+        problem.has("x0")
+        and len(problem.shape("x0")) == 4
+        and len(problem.shape("positions")) == (2 if problem.option("sections") else 1)
+    )
 
 
 def unroll(heads: int, most: int) -> int:

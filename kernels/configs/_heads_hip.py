@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import ITEMSIZE, Problem, Unsupported, compute_units, wave_size
-from ._heads import Part, gptj, lane_elements, lanes, period, unroll, vector
+from ._heads import Part, gptj, lane_elements, lanes, shared_positions, unroll, vector
 from ._hip import TYPES, Constants, _ceil, _nvidia, _type
 
 THREADS = 128
@@ -29,12 +29,12 @@ def check(problem: Problem, found: list[Part]) -> None:
             )
 
 
-def forward(problem: Problem, found: list[Part]) -> Deal:
+def forward(problem: Problem, found: list[Part], most: int = 4) -> Deal:
     """Four heads a group where there are plenty: 128 bytes of bf16 on their way a thread, and one row of the table for four.
 
     Few tokens leave compute units idle then: as many groups as there are heads.
     """
-    most, threads = 4, sum(p.tokens * p.heads * lanes(problem, p) for p in found)
+    threads = sum(p.tokens * p.heads * lanes(problem, p) for p in found)
     while most > 1 and threads < most * compute_units(problem.target) * 1024:
         most //= 2
     return Deal(unroll=most)
@@ -90,7 +90,7 @@ def position_constants(problem: Problem) -> Constants:
     sections = problem.option("sections")
     out: list[tuple[str, object]] = [
         ("JN_POSITION", {4: "I32", 8: "I64"}[ITEMSIZE[problem.dtype("positions")]]),
-        ("JN_PERIOD", period(problem) > 0),
+        ("JN_PERIOD", shared_positions(problem)),
         ("JN_MROPE", sections is not None),
     ]
     if sections is not None:
@@ -101,7 +101,7 @@ def position_constants(problem: Problem) -> Constants:
 
 def position_scalars(problem: Problem, tokens: int) -> tuple[tuple[str, str, int], ...]:
     rows = problem.shape("cos_sin")[0]
-    return (("tokens", "i32", tokens), ("period", "i32", max(1, period(problem))), ("rows", "i32", rows))
+    return (("tokens", "i32", tokens), ("count", "i32", problem.shape("positions")[-1]), ("rows", "i32", rows))
 
 
 def table_type(problem: Problem, name: str = "cos_sin") -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import ITEMSIZE, Problem, Unsupported, next_power_of_2, wave_size
-from ._heads import Part, gptj, period
+from ._heads import Part, gptj, shared_positions
 
 GRID_COLUMNS = 1 << 20  # as in kernels/_common.py:program_index
 MAX_FEATURES = 1024
@@ -74,7 +74,7 @@ def position_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
     sections = problem.option("sections")
     s0, s1, s2 = sections or (0, 0, 0)
     return (
-        ("PERIOD", period(problem) > 0),
+        ("PERIOD", shared_positions(problem)),
         ("MROPE", sections is not None),
         ("S0", s0),
         ("S1", s1),
@@ -85,7 +85,7 @@ def position_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
 
 def position_scalars(problem: Problem, tokens: int) -> tuple[tuple[str, str, int], ...]:
     rows = problem.shape("cos_sin")[0]
-    return (("tokens", "i32", tokens), ("period", "i32", max(1, period(problem))), ("rows", "i32", rows))
+    return (("tokens", "i32", tokens), ("count", "i32", problem.shape("positions")[-1]), ("rows", "i32", rows))
 
 
 def grid(programs: int) -> tuple[int, int, int]:

@@ -8,10 +8,10 @@ AMD silicon.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from . import Launch, Problem, compute_units, wave_size
-from ._heads import ONE, TWO, Part, lane_elements, qk_parts, shares, two_stream, weights
+from . import Launch, Problem, compute_units, next_power_of_2, wave_size
+from ._heads import ONE, TWO, Part, gptj, lane_elements, qk_parts, shares, two_stream, weights
 from ._heads_hip import (
     THREADS,
     Deal,
@@ -47,7 +47,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     """
     found = _parts(problem)
     if problem.stage.endswith("_fwd"):
-        return (_forward_launch(problem, found, forward(problem, found)),)
+        return (_forward_launch(problem, found, _deal(problem, found)),)
     return _backward_launches(problem, found, _walk(problem, found))
 
 
@@ -117,18 +117,30 @@ def _forward_launch(problem: Problem, found: list[Part], deal: Deal) -> Launch:
     )
 
 
+def _deal(problem: Problem, found: list[Part]) -> Deal:
+    """*H200*, 8192 tokens of 64 + 8 heads of 128: two heads a group and eight blocks of 128 a unit 1.045 of a copy, four heads
+    1.085, one 1.12. Eight blocks leave 64 registers, which spill in the gptj style, with mrope, two streams and tables of float16 (seen in
+    the sm_90 code): there as many as there are registers for."""
+    if not _nvidia(problem):
+        return forward(problem, found)
+    deal = forward(problem, found, 2)
+    if deal.unroll < 2 or two_stream(problem) or gptj(problem) or problem.option("sections") is not None:
+        return deal
+    return deal if problem.dtype("cos_sin") == "float16" else replace(deal, min_blocks=8)
+
+
 def _walk(problem: Problem, found: list[Part]) -> Walk:
     """On NVIDIA as many blocks of 128 threads as registers allow, each with one head a group on its way: 64 bytes a thread of bf16.
 
-    80 registers, which six blocks a unit leave, are enough for 16 elements a lane, 64 for eight, 96 with the three positions of mrope
-    and 128 where they turn part of a head (seen to do without spills in the sm_90 code). AMD has registers for eight blocks of two heads.
+    80 registers, which six blocks a unit leave, are enough for 16 elements a lane, 64 for eight and 128 with the three positions of
+    mrope (seen to do without spills in the sm_90 code). *H200*, 8192 tokens of 64 + 8 heads of 128: 1.036 of a copy; two heads and
+    the next on their way 1.03 with four blocks. AMD has registers for eight blocks of two heads.
     """
     held = max(lane_elements(problem, p) for p in found)
     if not _nvidia(problem):
         return Walk(Deal(THREADS, 2 if held <= 16 else 1), 8, ahead=False)
     mrope = not two_stream(problem) and problem.option("sections") is not None
-    partial = any(p.rotary < problem.features for p in found)
-    per_unit = 2 if held > 16 else (4 if partial else 5) if mrope else 6 if held > 8 else 8
+    per_unit = 2 if held > 16 else 4 if mrope else 6 if held > 8 else 8
     return Walk(Deal(THREADS, 1, per_unit), per_unit, ahead=False)
 
 
@@ -164,9 +176,9 @@ def _sum_bytes(problem: Problem, found: list[Part], deal: Deal) -> int:
 
 
 def _reduce_launch(problem: Problem, each: list[int], weights: list[str]) -> Launch:
-    """One block for 128 bytes of columns of a part, all rows of a block in flight."""
+    """One block for 128 bytes of columns of a part; few rows a thread, for there are few columns and the rows' latency counts."""
     v = next(v for v in (4, 2, 1) if problem.features % v == 0)
-    columns, slices = 8, 32
+    columns, slices = 8, min(128, max(32, next_power_of_2(_ceil(max(each), 8))))
     names = [*weights, *(f"absent{i}" for i in range(len(weights), 4))]
     padded = [*each, *[1] * (4 - len(each))]
     return Launch(

@@ -34,6 +34,14 @@ template <class T> struct Table {
     widen<T, COUNT>(cos, c);
     widen<T, COUNT>(sin, s);
   }
+  // A piece (below) of a lane's angles
+  template <class S> JN_DEV void fill(u64 row, u32 pair, int k, int first, Angles<S>& a) const {
+    constexpr int count = S::SPLIT ? S::V / 2 : S::V;
+    float c[count], s[count];
+    read<S::R>(row, pair, c, s);
+#pragma unroll
+    for (int i = 0; i < count; ++i) a.cos[k][first + i] = c[i], a.sin[k][first + i] = s[i];
+  }
 };
 
 // Visits the pieces of a lane's angles: use(slot, index of the piece's first angle in the slot, its first pair), with
@@ -56,39 +64,34 @@ template <class S> struct Pieces {
   }
 };
 
-// One position a token. P: I32 or I64. PERIOD: the positions of one sequence serve all, token % period.
+// One position a token. P: I32 or I64. PERIOD: the `count` positions of one sequence serve all, token % count.
 template <class S, class T, class P, bool PERIOD> struct RopeAngles {
   Table<T> table;
   const P* positions;
-  u32 period;
+  u32 count;
   struct Where {
     P p;
   };
 
   JN_DEV Where issue(u32 token, bool active) const {
-    return Where{active ? positions[PERIOD ? token % period : token] : P(-1)};
+    return Where{active ? positions[PERIOD ? token % count : token] : P(-1)};
   }
   JN_DEV void fetch(const Where& w, u32 lane, Angles<S>& a) const {
     a.drop();
     if (!table.inside(w.p)) return;
-    constexpr int count = Pieces<S>::COUNT;
-    Pieces<S>::each(lane, [&](int k, int first, u32 pair) {
-      float c[count], s[count];
-      table.template read<S::R>(u64(w.p), pair, c, s);
-#pragma unroll
-      for (int i = 0; i < count; ++i) a.cos[k][first + i] = c[i], a.sin[k][first + i] = s[i];
-    });
+    Pieces<S>::each(lane, [&](int k, int first, u32 pair) { table.template fill<S>(u64(w.p), pair, k, first, a); });
   }
 };
 
-// Three positions a token (positions [tokens, 3]), each for its pairs: S0, S1 and the rest one behind the other, or
+// Three positions a token (positions [3, count]), each for its pairs: S0, S1 and the rest one behind the other, or
 // interleaved: pair j by component j % 3 while j < 3 * S1 (S2), else by component 0.
 template <class S, class T, class P, bool PERIOD, int S0, int S1, int S2, bool INTERLEAVED> struct MropeAngles {
   Table<T> table;
   const P* positions;
-  u32 period;
+  u32 count;
   struct Where {
     P p[3];
+    JN_DEV P of(int component) const { return component == 0 ? p[0] : component == 1 ? p[1] : p[2]; }
   };
 
   static JN_DEV int component(u32 j) {
@@ -100,31 +103,31 @@ template <class S, class T, class P, bool PERIOD, int S0, int S1, int S2, bool I
     }
   }
   JN_DEV Where issue(u32 token, bool active) const {
-    const P* at = positions + u64(PERIOD ? token % period : token) * 3;
     Where w;
 #pragma unroll
-    for (int c = 0; c < 3; ++c) w.p[c] = active ? at[c] : P(-1);
+    for (int c = 0; c < 3; ++c) w.p[c] = active ? positions[u64(c) * count + (PERIOD ? token % count : token)] : P(-1);
     return w;
   }
   JN_DEV void fetch(const Where& w, u32 lane, Angles<S>& a) const {
     a.drop();
-    constexpr int count = Pieces<S>::COUNT;
+    constexpr int size = Pieces<S>::COUNT;
+    Pieces<S>::each(lane, [&](int k, int first, u32 pair) {
+      if (!INTERLEAVED && component(pair) == component(pair + size - 1)) {
+        const P p = w.of(component(pair));
+        if (table.inside(p)) table.template fill<S>(u64(p), pair, k, first, a);
+        return;
+      }
+      // Pair by pair, all loads at once: a position outside of the table reads row 0 and does not use it.
 #pragma unroll
-    for (int which = 0; which < 3; ++which) {
-      if (!table.inside(w.p[which])) continue;
-      Pieces<S>::each(lane, [&](int k, int first, u32 pair) {
-        if (!INTERLEAVED && component(pair) > which) return;
-        if (!INTERLEAVED && component(pair + count - 1) < which) return;
-        float c[count], s[count];
-        table.template read<S::R>(u64(w.p[which]), pair, c, s);
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-          const bool mine = component(pair + i) == which;
-          a.cos[k][first + i] = mine ? c[i] : a.cos[k][first + i];
-          a.sin[k][first + i] = mine ? s[i] : a.sin[k][first + i];
-        }
-      });
-    }
+      for (int i = 0; i < size; ++i) {
+        const P p = w.of(component(pair + i));
+        const bool inside = table.inside(p);
+        float c[1], s[1];
+        table.template read<S::R>(inside ? u64(p) : 0, pair + i, c, s);
+        a.cos[k][first + i] = inside ? c[0] : 1.f;
+        a.sin[k][first + i] = inside ? s[0] : 0.f;
+      }
+    });
   }
 };
 
