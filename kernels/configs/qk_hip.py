@@ -119,8 +119,8 @@ def _forward_launch(problem: Problem, found: list[Part], deal: Deal) -> Launch:
 
 def _deal(problem: Problem, found: list[Part]) -> Deal:
     """*H200*, 8192 tokens of 64 + 8 heads of 128: two heads a group and eight blocks of 128 a unit 1.045 of a copy, four heads
-    1.085, one 1.12. Eight blocks leave 64 registers, which spill in the gptj style, with mrope, two streams and tables of float16 (seen in
-    the sm_90 code): there as many as there are registers for."""
+    1.085, one 1.12. Eight blocks leave 64 registers, which spill in the gptj style, with mrope, two streams and tables of float16
+    (seen in the sm_90 code): there as many as there are registers for."""
     if not _nvidia(problem):
         return forward(problem, found)
     deal = forward(problem, found, 2)
