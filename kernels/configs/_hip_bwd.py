@@ -87,12 +87,15 @@ def _backward(problem: Problem) -> Backward:
     if not _nvidia(problem) or lanes <= wave:
         c = _with_pipe(problem, start, v, per, chunks)
         return c if c.depth else _tiled(problem, v)
-    c = _with_pipe(problem, start, v, per, chunks, most=4 if per * v <= 16 else 1)
+    few = 2 if _family(problem) == "layernorm" else 1
+    c = _with_pipe(problem, start, v, per, chunks, most=4 if per * v <= 16 else few)
     if not c.depth or (_family(problem) == "layernorm" and _registers(lanes, 1) < _needed(problem, per * v)):
         return _tiled(problem, v)
-    # *H200*: about 48 KB on their way to a unit; 8192x8192 1.061 one row ahead, 1.10 two, 1.13 four; 8192x4096 best with four
+    # *H200*: about 48 KB on their way to a unit; 8192x8192 1.061 one row ahead, 1.10 two, 1.13 four; 8192x4096 best with four.
+    # LayerNorm, whose rows take longer: 8192x4096 55.3 us with 128 KB (two blocks, four rows ahead), 60.1 with 64.
     row = problem.features * sum(_itemsize(problem, n) for n in ROW_INPUTS)
-    return replace(c, depth=max(1, min(c.depth, (48 << 10) // (row * c.blocks))))
+    ahead = (128 << 10) if _family(problem) == "layernorm" else (48 << 10)
+    return replace(c, depth=max(1, min(c.depth, ahead // (row * c.blocks))))
 
 
 def _sum_words(problem: Problem, columns: int) -> int:
@@ -113,6 +116,8 @@ def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int, mos
     narrow = v * min(_itemsize(problem, n) for n in ROW_INPUTS if problem.has(n)) < 4
     if _nvidia(problem) and not narrow:
         need = _needed(problem, per * v)
+        if _family(problem) == "layernorm" and _registers(threads, 1) >= need + weight_words:
+            need += weight_words  # held: *H200*, 8192x4096 56.7 us, else 86.4
         blocks = max((b for b in range(1, 1024 // threads + 1) if _registers(threads, b) >= need), default=1)
         blocks = min(blocks, most)
         slot = _slot_bytes(problem, v, per, threads, bool(c.tile))
@@ -120,7 +125,7 @@ def _with_pipe(problem: Problem, c: Backward, v: int, per: int, chunks: int, mos
         while blocks > 1 and (shared_memory(problem.target) // blocks - fixed) // slot < 3:
             blocks -= 1
         slots = min(5, (shared_memory(problem.target) // blocks - fixed) // slot)
-        hold = sums + weight_words <= (24 if threads > 512 else 48)
+        hold = sums + weight_words <= (24 if threads > 512 else 48) or need > _needed(problem, per * v)
         return replace(c, blocks=blocks, depth=max(0, slots - 1), shared_pipe=True, hold_weight=hold, min_blocks=blocks)
     # One row ahead in registers: AMD has 512 of them for each lane of a SIMD, and no copy to LDS that keeps 16-byte accesses.
     need = 40 + sums + weight_words + 2 * row_words
