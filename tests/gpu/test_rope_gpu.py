@@ -103,8 +103,9 @@ def test_one_launch(backend):
     text = jax.jit(lambda a: case.call(a, backend)).lower(a).compile().as_text()
     assert hlo.launches(text) == 1, hlo.custom_calls(text)
     assert not re.search(r"= \S+ (copy|fusion)\(", text), text
-    for shared in (False, True):
-        batch = Case((8, 2), 128, (2, 64), shared=shared)
+    three = {"sections": (24, 20, 20)}
+    for options in ({}, {"shared": True}, three, three | {"shared": True}):
+        batch = Case((8, 2), 128, (2, 64), **options)
         b = jax.tree.map(jnp.asarray, batch.arrays())
         text = jax.jit(lambda b, batch=batch: batch.call(b, backend)).lower(b).compile().as_text()
         assert hlo.launches(text) == 1 and not re.search(r"= \S+ (copy|fusion)\(", text), text
