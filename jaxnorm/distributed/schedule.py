@@ -13,18 +13,20 @@ from ._config import Config
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-# Partials that a rank receives, up to which one all_gather of them takes the place of an exchange and one or two gathers: two
-# collectives saved at about 10 us each against 360 GB/s of an H200's links. The CPU has nothing to save but the copies.
-FEW_BYTES = {"cuda": 2 << 20, "rocm": 512 << 10, "cpu": 0}
+# Partials that a rank receives, up to which one all_gather of them takes the place of an exchange and one or two gathers. H200s,
+# N = 8192: 6 MB (four ranks, 128 rows) 57 us against 66, 2 MB (two) 37 against 61; 17 MB (two, 1024 rows) 138 against 120. The CPU
+# has nothing to save but the copies.
+FEW_BYTES = {"cuda": 8 << 20, "rocm": 512 << 10, "cpu": 0}
 
 
 # Bytes of a rank's partial sums up to which the fused kernel sends them to everyone (one exchange) instead of to their owners
-# (two). First figures, from a prototype on two H200s: two shots 29 % ahead at 16 MB, one shot 9 % at 2 MB; the rest is reasoned.
-ONE_SHOT_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 192 << 10}
+# (two). H200s (benchmarks/results/h200/distributed.json): the two are within 1 us of one another below, two shots ahead above; at
+# 2 MB 34 us against 25 with four ranks. Eight ranks were not measured.
+ONE_SHOT_BYTES = {2: 128 << 10, 4: 512 << 10, 8: 192 << 10}
 
-# Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite. First
-# figures, from the same prototype: two H200s, N = 8192, M = 16, 128, 1024, 8192: 0.35, 0.46, 0.57, 0.63 of the composite's time.
-FUSED_RANKS = {"cuda": (2,), "rocm": ()}
+# Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite. H200s,
+# N = 8192, 1 to 8192 rows: two ranks 1.4 to 3.9 times as fast, four ranks 1.18 (8192 rows) to 3.6, loop overhead included.
+FUSED_RANKS = {"cuda": (2, 4), "rocm": ()}
 
 # Largest half of a workspace; a rank holds two.
 HALF_BYTES = 512 << 20
