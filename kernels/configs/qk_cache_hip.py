@@ -55,8 +55,8 @@ def _parts(problem: Problem) -> list[Part]:
 
 
 def _deal(problem: Problem, found: list[Part]) -> Deal:
-    """Two heads a group at most: on an H200 that and registers for 1024 threads a unit were 4 % ahead of four heads for q/k norm alone
-    (qk.hip, 8192 tokens of 64 + 8 heads, D 128). The codes of a head take a few registers more, which would spill."""
+    """Two heads a group at most: on an H200 that, with registers for 1024 threads a unit, was 4 % ahead of four heads for q/k norm
+    alone (qk.hip, 8192 tokens of 64 + 8 heads, D 128). The codes of a head take a few registers more, which would spill."""
     deal = forward(problem, [p for p in found if p.heads])
     if deal.unroll < 2:
         return deal
