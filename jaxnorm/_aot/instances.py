@@ -107,6 +107,8 @@ def stages(call: Call, target: str, backend: str | None = None, compilers: bool 
     with use_target({platform: target}):
         for function, arguments in call.functions():
             for stage_call, avals in _explain._stages(jax.make_jaxpr(function)(*arguments).jaxpr):
+                if avals is None:  # a fused distributed call, whose kernel belongs to a mesh
+                    continue
                 shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
                 found[_chosen(stage_call, shapes, target, backend or call.backend, compilers)] = None
     return list(found)

@@ -151,5 +151,9 @@ def calls() -> list[Call]:
     known = operators()
     entries = [e | {"rows": ROWS} for family in FAMILIES for e in family()]
     entries += [e | {"rows": [rows]} for family, rows in SMALL for e in family()]
-    entries = [e for e in entries if e["op"] in known]
-    return parse([e | {"backend": b} for e in entries for b in ("hip", "triton") if b in known[e["op"]].forward.plans])
+    served = [(e, b) for e in entries for b in ("hip", "triton") if b in _plans(known, str(e["op"]))]
+    return parse([e | {"backend": b} for e, b in served])
+
+
+def _plans(known: dict[str, Any], op: str) -> dict[str, str]:
+    return known[op].forward.plans if op in known else {}
