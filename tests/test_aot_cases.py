@@ -239,6 +239,13 @@ def test_rules_of_comparison(argument, got, want, bad) -> None:
     assert bad == 0 or "first at" in outcome.text
 
 
+def test_an_array_without_dims_stays_one(tmp_path: Path) -> None:
+    argument = {"kind": "in", "dtype": "float32", "shape": [], "data": "scale"}
+    (tmp_path / "a.json").write_text(json.dumps({"format": kernel_case.FORMAT, "args": [argument]}))
+    np.savez(tmp_path / "a.npz", scale=np.float32(2))
+    assert kernel_case.load(tmp_path / "a.json")[1]["scale"].shape == ()
+
+
 def test_masks_and_guards() -> None:
     argument = {
         "kind": "inout",

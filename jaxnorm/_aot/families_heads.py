@@ -69,16 +69,16 @@ def _rows(table: Array, positions: Array) -> tuple[Array, Array]:
 def angles(c: Case, tokens: int) -> Angles:
     """Positions and table as inputs; what they give for each token."""
     p, table = c.problem, _table(c, "cos_sin")
-    shape = p.shape("positions")
+    shape = p.shape("positions")  # [tokens], or [3, tokens] for mrope
     positions = c.g.integers(0, table.shape[0], shape)
-    if shape[0] > 2:
-        positions[1] = table.shape[0] + POSITIONS_BEYOND
+    if shape[-1] > 2:
+        positions[..., 1] = table.shape[0] + POSITIONS_BEYOND
     c.inputs["positions"] = positions.astype(p.dtype("positions"))
     sections = c.option("sections")
     if sections is None:
         cos, sin = _rows(table, np.resize(positions, tokens))
         return Angles(cos, sin, c.option("style"))
-    each = np.resize(positions.reshape(-1, 3), (tokens, 3))
+    each = np.resize(positions.reshape(3, -1).T, (tokens, 3))
     pair = np.arange(table.shape[1] // 2)
     if c.option("interleaved"):
         axis = np.where(

@@ -110,12 +110,10 @@ def _forward(problem: Problem) -> Forward:
         return Forward(lanes, groups, 1 if unroll == 3 else unroll, regs=1, early=True)
     lanes = _row_lanes(problem, chunks, words, wave)
     if lanes <= wave:
-        short = _family(problem) == "layernorm" and _nvidia(problem)
-        per, groups = _ceil(chunks, wave), 2 if short else 128 // wave
-        early = per <= 2 or short
+        per, groups = _ceil(chunks, wave), 128 // wave
+        early = per <= 2
         words = per * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
-        blocks = _min_blocks(problem, wave * groups, per, words * early)
-        return Forward(wave, groups, regs=per, early=early, min_blocks=blocks)
+        return Forward(wave, groups, regs=per, early=early, min_blocks=_min_blocks(problem, 128, per, words * early))
     return _with_storage(problem, Forward(lanes))
 
 
@@ -128,9 +126,10 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     one's stores run beside the other's loads. With few rows there are units to spare: then as many threads as there are
     chunks, which is fewer instructions one after the other, up to 512 (*H200*: 1x4096 1.74 us against 2.05 with 128).
     """
-    # LayerNorm exchanges twice a row, so there fewer threads hold more of it: *H200*, 8192x4096 four chunks a thread 1.072, two
-    # 1.141.
-    held = 16 if _family(problem) == "layernorm" and _nvidia(problem) and words <= 4 else 8
+    # LayerNorm exchanges twice a row, so there fewer threads hold more of it: *H200*, 8192x4096 four chunks a thread 1.07, two
+    # 1.14; 131072x1024, where four would leave one wave, 1.07 and 1.04.
+    more = _family(problem) == "layernorm" and _nvidia(problem) and words <= 4 and chunks > 4 * wave
+    held = 16 if more else 8
     lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, held // words)), wave)))
     if lanes == 512 and chunks > 512 * _room(problem, blocks=2):
         lanes = MAX_THREADS  # half a unit's registers and shared memory do not hold the row; a whole one's might
