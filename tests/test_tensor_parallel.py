@@ -48,8 +48,10 @@ def params_of(config: model.Config, seed: int) -> model.Params:
 
 def alone(params: model.Params, config: model.Config) -> list[int]:
     """The single-device model, examples/gemma's own forward."""
-    step = jax.jit(lambda t, c, at: model.forward(params, config, t, c, at))
-    cache = model.init_cache(config, 1, len(PROMPT) + NEW, jnp.dtype("float32"))
+    slots = -(-(len(PROMPT) + NEW) // model.PAGE) * model.PAGE
+    table = model.rope_tables(config, slots)
+    step = jax.jit(lambda t, c, at: model.forward(params, config, t, table, c, at))
+    cache = model.init_cache(config, 1, slots, "float32")
     tokens, at, found = jnp.asarray([PROMPT]), 0, []
     while len(found) < NEW:
         hidden, cache = step(tokens, cache, jnp.int32(at))

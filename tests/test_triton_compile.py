@@ -342,7 +342,7 @@ def test_no_candidate_asks_for_more_shared_memory_than_there_is(target):
 
 def test_the_key_of_the_cache_holds_what_matters(monkeypatch):
     keys = []
-    monkeypatch.setattr(compiler, "get_or_compile", lambda parts, build: keys.append(tuple(parts)))
+    monkeypatch.setattr(compiler, "get_or_compile", lambda parts, build, portable: keys.append(tuple(parts)))
     p = forward("gfx942", 1000)
     launch = rmsnorm_triton.plan(p)[0]
     compiler.compile(launch, p)

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 import jaxnorm
+from jaxnorm import KVCache
 
 from ..gemma import model as gemma
-from ..gemma.model import Cache, Config, Params
+from ..gemma.model import Config, Params
 from .sharding import AXIS, Plan
 
 
@@ -58,8 +59,14 @@ class Plain(Rows):
 
 
 def forward(
-    params: Params, plan: Plan, tokens: jax.Array, cache: Cache, start: jax.Array, plain: bool = False
-) -> tuple[jax.Array, Cache]:
+    params: Params,
+    plan: Plan,
+    table: jax.Array,
+    tokens: jax.Array,
+    cache: KVCache,
+    start: jax.Array,
+    plain: bool = False,
+) -> tuple[jax.Array, KVCache]:
     """`gemma.forward` on one rank: tokens [B, T] -> hidden [B, T, E], the same on all ranks, and this rank's cache."""
     config: Config = plan.local
     batch, length = tokens.shape
@@ -73,7 +80,7 @@ def forward(
     def block(carry, item):  # type: ignore[no-untyped-def]
         h, residual, cache = carry
         index, layer = item
-        attended, cache = gemma.attention(config, index, layer, h, cache, start)
+        attended, cache = gemma.attention(config, index, layer, h, table, cache, start)
         if not plan.shards_heads:  # every rank has the whole of it: one counts
             attended = jnp.where(jax.lax.axis_index(AXIS) == 0, attended, jnp.zeros((), attended.dtype))
         x = norms.reduced(attended.reshape(-1, config.width), layer.post_attn_norm)

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxnorm import KVCache
+
+from ..gemma import model as gemma
 from ..gemma.errors import DemoError
-from ..gemma.model import Cache, Config, Layer, Params
+from ..gemma.model import Config, Layer, Params
 
 AXIS = "tp"
 
@@ -68,8 +71,8 @@ def specs(plan: Plan) -> Params:
 
 
 def cache_spec(plan: Plan) -> P:
-    """Of keys and values [L, B, S, K, D]."""
-    return P(None, None, None, AXIS) if plan.shards_heads else P()
+    """Of every array of the cache, which has its pages, the tokens of a page and the key/value heads in front."""
+    return P(None, None, AXIS) if plan.shards_heads else P()
 
 
 def put(params: Params, plan: Plan, mesh: Mesh) -> Params:
@@ -86,9 +89,7 @@ def put(params: Params, plan: Plan, mesh: Mesh) -> Params:
     return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), params, specs(plan))
 
 
-def empty_cache(plan: Plan, mesh: Mesh, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """Room for `slots` tokens on every rank."""
-    config = plan.whole
-    shape = (config.layers, batch, slots, config.kv_heads * plan.copies, config.head_dim)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, cache_spec(plan)))
-    return Cache(zeros(), zeros())
+def empty_cache(plan: Plan, mesh: Mesh, batch: int, slots: int, kind: str) -> KVCache:
+    """Room for `slots` tokens on every rank, a cache of `gemma.KV_CACHES`."""
+    config = dataclasses.replace(plan.whole, kv_heads=plan.whole.kv_heads * plan.copies)
+    return jax.device_put(gemma.init_cache(config, batch, slots, kind), NamedSharding(mesh, cache_spec(plan)))

@@ -22,7 +22,7 @@ FEW_BYTES = {"cuda": 8 << 20, "rocm": 512 << 10, "cpu": 0}
 # Bytes of a rank's partial sums up to which the fused kernel sends them to everyone (one exchange) instead of to their owners
 # (two). H200s (benchmarks/results/h200/distributed.json): the two are within 1 us of one another below, two shots ahead above; at
 # 2 MB 34 us against 25 with four ranks. Eight ranks were not measured.
-ONE_SHOT_BYTES = {2: 128 << 10, 4: 512 << 10, 8: 192 << 10}
+ONE_SHOT_BYTES = {2: 256 << 10, 4: 512 << 10, 8: 192 << 10}
 
 # Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite. H200s,
 # N = 8192, 1 to 8192 rows: two ranks 1.4 to 3.9 times as fast, four ranks 1.18 (8192 rows) to 3.6, loop overhead included.
