@@ -40,11 +40,11 @@ def library(monkeypatch):
 
 
 def test_when_it_is_chosen(library, monkeypatch):
-    assert decide(NVIDIA).fused and "one-shot" in decide(NVIDIA).reason
+    assert decide(NVIDIA, rows=4).fused and "one-shot" in decide(NVIDIA, rows=4).reason
     assert "two-shot" in decide(NVIDIA, rows=1024).reason
     residual = (*DTYPES, ("residual", "float32"), ("residual_out", "float32"))
     assert "two-shot" in decide(NVIDIA, dtypes=residual).reason  # the rows' residuals are with their owners
-    assert "one-shot" in decide(NVIDIA, dtypes=residual, scatter=False).reason
+    assert "one-shot" in decide(NVIDIA, rows=4, dtypes=residual, scatter=False).reason
     for changes, why in [
         ({"impl": "composite"}, "impl='composite'"), ({"norm": "layernorm"}, "layernorm"), ({"reduce": "native"}, "native"),
         ({"ranks": 8}, "not measured"), ({"ranks": 3, "impl": "fused"}, "3 ranks"), ({"features": 8200}, "multiple of 16"),

@@ -363,7 +363,7 @@ def test_the_key_of_the_cache_holds_what_matters(monkeypatch):
     assert len(set(keys)) == len(keys)
     rows = dataclasses.replace(p, rows=7)
     again = [keys[-1]]
-    monkeypatch.setattr(compiler, "get_or_compile", lambda parts, build: again.append(tuple(parts)))
+    monkeypatch.setattr(compiler, "get_or_compile", lambda parts, build, portable: again.append(tuple(parts)))
     compiler.compile(rmsnorm_triton.plan(rows)[0], rows)
     assert again[0] == again[1], "the number of rows must not be part of a code object"
 
