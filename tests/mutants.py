@@ -47,16 +47,16 @@ MUTANTS: tuple[Mutant, ...] = (
            NUMERICS + "out-f32"),
     Mutant("sum of a row by jnp.sum", REF, "row_sum(n * n, axes) / features + eps", "jnp.sum(n * n, -1, keepdims=True) / features + eps",
            "tests/test_batch_invariance.py"),
-    Mutant("psum of dw forgotten", SHARDING, "jax.lax.psum(o, row_axes) if call.is_row_sum(r[0]) else o", "o", "tests/test_sharding.py -k rows_sharded"),
-    Mutant("psum of dw doubled", SHARDING, "jax.lax.psum(o, row_axes) if call.is_row_sum(r[0]) else o",
-           "jax.lax.psum(o, row_axes) * 2 if call.is_row_sum(r[0]) else o", "tests/test_sharding.py -k rows_sharded"),
-    Mutant("leading dims folded outside", OP, "    return tuple(_partitioned(call)(*operands))",
+    Mutant("psum of dw forgotten", SHARDING, "jax.lax.psum(o, summed[name]) if summed.get(name) else o", "o", "tests/test_sharding.py -k rows_sharded"),
+    Mutant("psum of dw doubled", SHARDING, "jax.lax.psum(o, summed[name]) if summed.get(name) else o",
+           "jax.lax.psum(o, summed[name]) * 2 if summed.get(name) else o", "tests/test_sharding.py -k rows_sharded"),
+    Mutant("leading dims folded outside", OP, "    return tuple(_partitioned(call, len(call.lead(operands[0].shape)))(*operands))",
            "    return _folded(call, operands)\n\n\ndef _folded(call, operands):\n    lead = operands[0].shape[:-1]\n"
            "    flat = [a.reshape(-1, *a.shape[len(lead) :]) if '...' in call.dims(n) else a for n, a in zip(call.names, operands)]\n"
-           "    out = _partitioned(call)(*flat)\n"
+           "    out = _partitioned(call, 1)(*flat)\n"
            "    return tuple(o.reshape(call.result_shape(r[0], lead)) for r, o in zip(call.results, out))",
            "tests/test_sharding.py -k rows_sharded"),
-    Mutant("features gathered", SHARDING, "spec[-1] if len(call.sizes) == 1 else None", "None", "tests/test_sharding.py -k features_sharded"),
+    Mutant("features gathered", SHARDING, "named[dim] = entry if split else None", "named[dim] = None", "tests/test_sharding.py -k features_sharded"),
     Mutant("result type without the varying axes", COMPAT, "    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=replicated)",
            "    return jax.core.ShapedArray(shape, dtype)", "tests/test_transforms.py -k 'wrong_out_specs or shard_map_vma'"),
     Mutant("vmap rule ignores batched weights", OP, "shared = all(rows or not b for rows, b in zip(has_rows, batched, strict=True))", "shared = True",

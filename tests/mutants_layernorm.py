@@ -33,5 +33,5 @@ MUTANTS = (
     Mutant("HIP: dbias of the weighted cotangent", BACKWARD, "columns[Sums::FIRST_DB][k][i] += g[i];", "columns[Sums::FIRST_DB][k][i] += g[i] * x[i];", SIMT + "test_backward"),
     Mutant("Triton: deviations of columns that are not there", "kernels/_common.py", "        d = tl.where(live, d, 0.0)", "        d = d", TRITON + "test_forward"),
     Mutant("Triton: share of dbias in the place of dweight", TRITON_BACKWARD, "_store_share(share + HAS_DWEIGHT * N, dbias", "_store_share(share, dbias", TRITON + "test_backward"),
-    Mutant("Triton: x_bias forgotten in the second reading", TRITON_BACKWARD, "xh = _normalised(again, x_bias, mean, shift, rstd, HAS_X_BIAS)", "xh = _normalised(again, x_bias, mean, shift, rstd, False)", TRITON + "reread"),
+    Mutant("Triton: x_bias forgotten in the second reading", TRITON_BACKWARD, "_bias_at(x_bias_ptr, again, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, HAS_X_BIAS", "_bias_at(x_bias_ptr, again, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, False", TRITON + "reread"),
 )  # fmt: skip

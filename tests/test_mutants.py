@@ -17,7 +17,6 @@ from mutants_groupnorm import MUTANTS as GROUPNORM
 from mutants_layernorm import MUTANTS as LAYERNORM
 from mutants_modules import MUTANTS as MODULES
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -47,6 +46,12 @@ def passes_without_a_mutant(copy: Path, selection: str) -> bool:
 ALL = (*GENERAL, *GROUPNORM, *LAYERNORM, *MODULES, *AOT)
 
 
+def test_every_mutant_fits():
+    """Each stands in its file exactly once: one that no longer does would test nothing."""
+    assert [m.name for m in ALL if (ROOT / m.file).read_text().count(m.old) != 1] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", ALL, ids=lambda m: m.name.replace(" ", "-"))
 def test_a_defect_is_found(mutant, copy):
     file = copy / mutant.file
