@@ -10,7 +10,7 @@ import oracle_quant as oq
 import pytest
 from oracle_quant import Case
 
-from jaxnorm import QuantSpec
+from jaxnorm import QuantSpec, quantize
 
 MX = {"group_size": 32, "scale_dtype": "e8m0"}
 SPECS = {
@@ -116,6 +116,15 @@ def test_vmap_gives_each_example_its_own_array(name):
     for i in range(3):
         example = replace(case, lead=(5,))
         example.check(arrays | {"x": arrays["x"][i]}, {"q": jax.tree.map(lambda a, i=i: a[i], q)})
+
+
+@pytest.mark.parametrize("name", ["column", "column-token", "shuffled"])
+def test_a_batch_inside_the_tile_is_an_error(name):
+    """vmap with out_axes=1: the scales could only be misread."""
+    x = np.random.default_rng(0).standard_normal((3, 5, 64), np.float32)
+    q = jax.vmap(lambda x: quantize(x, SPECS[name]), out_axes=1)(x)
+    with pytest.raises(ValueError, match=r"Quantized.dequantize: scale: got .* out_axes=0"):
+        q.dequantize()
 
 
 def test_vmap_of_whole_tiles():

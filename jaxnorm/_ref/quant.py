@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .._types import QuantSpec, dtype_max
+from ..errors import value_error
 from ._common import Axes, f32
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -150,6 +151,9 @@ def _rows_first(scale: jax.Array, spec: QuantSpec, values: jax.Array, groups: in
         return scale
     batch = scale.ndim - 2
     rows = math.prod(lead[batch:])
+    tile = (groups, rows) if spec.scale_layout == "column" else shuffled_shape(rows, groups)
+    if batch < 0 or scale.shape != (*lead[:batch], *tile):
+        raise _misplaced(scale, values, (*lead[: max(batch, 0)], *tile))
     back = (lambda s: s.T) if spec.scale_layout == "column" else (lambda s: unshuffle(s, rows, groups))
     for _ in range(batch):
         back = jax.vmap(back)
@@ -166,11 +170,20 @@ def _is_static(values: jax.Array, scale: jax.Array, spec: QuantSpec) -> bool:
     return batch < 0 or scale.shape != (*lead[:batch], 1, math.prod(lead[batch:]))
 
 
+def _misplaced(scale: jax.Array, values: jax.Array, expected: tuple[int, ...]) -> ValueError:
+    """A vmap with out_axes other than 0 puts the batch into the middle of a tile, where nothing tells it from the tile's dims."""
+    got = f"shape {scale.shape} beside values {values.shape}"
+    remedy = "vmap with out_axes=0, or use scale_layout='row'."
+    return value_error("Quantized.dequantize", "scale", got, f"{expected}, vmapped dims in front", remedy)
+
+
 def dequantize(values: jax.Array, scale: jax.Array, spec: QuantSpec) -> jax.Array:
     """float32 ``f32(code) * scale``."""
     codes = unpack_fp4(values) if spec.dtype == "fp4" else f32(values)
     *lead, n = codes.shape
     if _is_static(values, scale, spec):
+        if scale.shape != tuple(lead[: scale.ndim]):
+            raise _misplaced(scale, values, tuple(lead[: scale.ndim]))
         return codes * f32(scale).reshape(*scale.shape, *[1] * (codes.ndim - scale.ndim))
     groups = spec.groups(n)
     rows = _rows_first(scale, spec, values, groups)
