@@ -15,7 +15,7 @@ import pytest
 from jaxnorm.kernels.configs import rmsnorm_hip
 
 from jaxnorm import _native, cli
-from jaxnorm._aot import directory, elf, instances, models, spec
+from jaxnorm._aot import directory, elf, instances, models, spec, workers
 from jaxnorm._compile import cache, hip
 from jaxnorm.errors import CompileError
 
@@ -261,6 +261,26 @@ def test_nothing_to_compile_with_is_an_error(monkeypatch, tmp_path, capsys) -> N
     )
     assert cli.main(["aot", "--model", "llama3-8b", "--target", "gfx942", "--out", str(tmp_path / "o")]) == 1
     assert "no hip compiler." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_compilers_that_are_libraries_run_in_several_processes(monkeypatch, tmp_path) -> None:
+    """The same code objects in the same order; what a process raises comes back as it is."""
+    needs.need("nvrtc", hip.find("sm_90") is not None, "pip install nvidia-cuda-nvrtc")
+    monkeypatch.setenv("JAXNORM_CACHE_DIR", str(tmp_path / "alone"))
+    cache.clear_memory()
+    work = directory.plan(spec.parse([NORM | {"rows": [1, 8192], "grad": True, "backend": "hip"}]), ["sm_90"])
+    todo = list(work.instances.values())
+    alone = list(workers.compile_all(todo))
+    monkeypatch.setenv("JAXNORM_CACHE_DIR", str(tmp_path / "several"))
+    monkeypatch.setattr(workers, "FEW", 1)
+    monkeypatch.setattr(workers, "cpus", lambda: 2)
+    cache.clear_memory()
+    assert [(c.name, c.image) for c in workers.compile_all(todo)] == [(c.name, c.image) for c in alone]
+    broken = replace(todo[0], launch=replace(todo[0].launch, constants=(("JN_N", "nonsense"),)))
+    with pytest.raises(CompileError, match="nonsense"):
+        list(workers.compile_all([broken, *todo]))
 
 
 def test_a_compiler_takes_what_it_made_itself_before_the_shipped_one(monkeypatch, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,12 @@ ROLES = (
 SCALARS = {"i32": "int32", "i64": "int64", "fp32": "float32"}
 
 
-def write(out: Path, made: dict[str, tuple[Instance, CodeObject]]) -> list[Path]:
-    """A case for each code object of :func:`directory.make`, in ``out/cases``; the JSON files.
+def write(
+    out: Path,
+    made: dict[str, tuple[Instance, CodeObject]],
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """A case for each code object of :func:`directory.make`, in ``out/cases``; the JSON files. ``step`` gets the progress.
 
     Raises:
       ValueError: a kernel that ``families`` has no entry for.
@@ -52,6 +57,7 @@ def write(out: Path, made: dict[str, tuple[Instance, CodeObject]]) -> list[Path]
         image = folder / f"{code.name}_{key[:10]}.{code.target}.{'hsaco' if code.is_hip else 'cubin'}"
         image.write_bytes(code.image)
         written.append(write_case(folder / f"{stem}.json", case(instance), code, image.name, instance.stage.backend))
+        step(len(written), len(made))
     return written
 
 

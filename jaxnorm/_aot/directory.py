@@ -11,17 +11,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import _launch
 from .._compile import cache
 from .._compile.code_object import CodeObject
 from .._version import __version__
 from ..errors import UnsupportedError, value_error
-from . import elf
+from . import elf, workers
 from .instances import Instance, Stage, check_target, instances, stages
 from .spec import Call, parse
 
@@ -91,15 +89,12 @@ def make(
     out.mkdir(mode=0o755, parents=True, exist_ok=True)
     made: dict[str, tuple[Instance, CodeObject]] = {}
     objects = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = pool.map(
-            lambda i: _launch.compile_launch(i.launch, i.problem, i.stage.backend), work.instances.values()
-        )
-        for (key, instance), code in zip(work.instances.items(), codes, strict=True):
-            path = cache.ship(out, instance.parts, code)
-            made[key] = instance, code
-            step(len(made), len(work.instances))
-            objects.append(_entry(out, path, instance, code))
+    codes = workers.compile_all(list(work.instances.values()))
+    for (key, instance), code in zip(work.instances.items(), codes, strict=True):
+        path = cache.ship(out, instance.parts, code)
+        made[key] = instance, code
+        step(len(made), len(work.instances))
+        objects.append(_entry(out, path, instance, code))
     _write_manifest(out, calls, targets, backend, work, objects)
     return made
 

@@ -85,13 +85,15 @@ def _make(out: Path, calls: Any, targets: list[str], backend: str | None, bundle
         task = bar.add_task("compiling", total=None)
         step = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         made = directory.make(out, calls, targets, backend, report=console(stderr=True).print, step=step)
+        if bundle:
+            bar.update(task, description="cases", completed=0, total=len(made))
+            bundles.write(out, made, step)
     lines = Counter((code.target, code.compiler) for _, code in made.values())
     for (target, compiler), count in sorted(lines.items()):
         bytes_ = sum(len(c.image) for _, c in made.values() if (c.target, c.compiler) == (target, compiler))
         console().print(f"{target}: {count} code objects, {size(bytes_)}, {compiler}")
     if bundle:
-        written = bundles.write(out, made)
-        console().print(f"{len(written)} kernel cases in {out / bundles.FOLDER}: python tools/run_case.py {out}")
+        console().print(f"{len(made)} kernel cases in {out / bundles.FOLDER}: python tools/run_case.py {out}")
     console().print(f"{out} made in {time.perf_counter() - start:.0f} s. On the target: JAXNORM_CACHE_DIR={out}")
 
 
