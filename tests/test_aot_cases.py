@@ -27,12 +27,12 @@ import run_case  # noqa: E402
 
 
 def everything(backend: str, target: str) -> list[Instance]:
-    """The code objects of a release bundle."""
+    """The code objects of a release bundle, but those of several ranks (test_aot_ranks.py)."""
     found: dict[str, Instance] = {}
     for call in release.calls():
-        if call.backend == backend:
+        if call.backend == backend and not call.ranks:
             for stage in instances.stages(call, target, compilers=False):
-                found |= instances.instances(stage, call.rows)
+                found |= instances.instances(stage, call.counts)
     return list(found.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,14 @@ def _outcome(bad: np.ndarray, keep: np.ndarray, got: np.ndarray, want: np.ndarra
 # Files
 
 
+def described(arguments: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Whatever may name arrays: arguments, the buffers of a struct of pointers, the parts of a buffer."""
+    for argument in arguments:
+        yield argument
+        yield from described(argument.get("to", ()))
+        yield from described(argument.get("parts", ()))
+
+
 def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A case and its arrays.
 
@@ -170,7 +179,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             raise CaseError(f"format: got {case['format']!r}, expected {FORMAT!r}")
         with np.load(path.with_name(case.get("arrays", f"{path.stem}.npz"))) as stored:
             arrays = {name: np.require(stored[name], requirements="C") for name in stored.files}  # a scalar stays one
-        for argument in case["args"]:
+        for argument in described(case["args"]):
             for key in ("data", "expect", "ignore", "written"):
                 if key in argument and list(arrays[argument[key]].shape) != argument["shape"]:
                     raise CaseError(

@@ -183,6 +183,10 @@ def make_buffer(argument: dict[str, Any], arrays: dict[str, np.ndarray]) -> Buff
     host[buffer.inside] = argument.get("fill", FILL)
     if "data" in argument:
         host[buffer.inside] = arrays[argument["data"]].reshape(-1).view(np.uint8)
+    for part in argument.get("parts", ()):
+        if "data" in part:
+            data = arrays[part["data"]].reshape(-1).view(np.uint8)
+            host[buffer.start + part["at"] : buffer.start + part["at"] + data.size] = data
     return buffer
 
 
@@ -199,6 +203,11 @@ def scalar(argument: dict[str, Any]) -> Any:
     return (ctypes.c_char * max(size, 8)).from_buffer_copy(raw.ljust(max(size, 8), b"\0"))
 
 
+def pointers(argument: dict[str, Any]) -> list[dict[str, Any]]:
+    """The buffers (or nulls) that an argument points to: itself, or those of a struct of pointers."""
+    return argument["to"] if argument["kind"] == "pointers" else [argument]
+
+
 def run(driver: Any, path: Path, case: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[str]:
     """Launches a case and compares; a line for each buffer that differs, nothing when all agree.
 
@@ -206,7 +215,12 @@ def run(driver: Any, path: Path, case: dict[str, Any], arrays: dict[str, np.ndar
       CaseError: the driver refused something.
       OtherTargetError: the code object is not for this GPU.
     """
-    buffers = {i: make_buffer(a, arrays) for i, a in enumerate(case["args"]) if a["kind"] not in ("scalar", "null")}
+    buffers = {
+        (i, j): make_buffer(a, arrays)
+        for i, argument in enumerate(case["args"])
+        for j, a in enumerate(pointers(argument))
+        if a["kind"] not in ("scalar", "null")
+    }
     image = (path.parent / case["code_object"]).read_bytes()
     module, function = driver.load(image, case["kernel"], case.get("shared", 0))
     try:
@@ -214,14 +228,14 @@ def run(driver: Any, path: Path, case: dict[str, Any], arrays: dict[str, np.ndar
         for i, argument in enumerate(case["args"]):
             if argument["kind"] == "scalar":
                 values.append(scalar(argument))
-            elif i not in buffers:
-                values.append(ctypes.c_void_p(None))
-            else:
-                values.append(ctypes.c_void_p(_place(driver, buffers[i])))
+                continue
+            keys = [(i, j) for j in range(len(pointers(argument)))]
+            addresses = [_place(driver, buffers[key]) if key in buffers else None for key in keys]
+            values.append((ctypes.c_void_p * len(keys))(*addresses))
         values += [ctypes.c_void_p(None)] * TRITON_SCRATCH
         driver.launch(function, case["grid"], case["block"], case.get("shared", 0), values)
         wrong = []
-        for i, buffer in buffers.items():
+        for (i, _), buffer in buffers.items():
             after = np.empty_like(buffer.host)
             driver.download(after, buffer.base + buffer.shift)
             name = buffer.argument.get("name", f"argument {i}")
@@ -259,8 +273,31 @@ def differences(buffer: Buffer, after: np.ndarray, arrays: dict[str, np.ndarray]
         if (inside != before).any():
             wrong.append("an input was written")
         return wrong
-    if "expect" not in argument:
-        return wrong
+    if "parts" in argument:
+        return wrong + _parts(buffer, inside, before, arrays)
+    return wrong + (_compared(buffer, argument, inside, before, arrays) if "expect" in argument else [])
+
+
+def _parts(buffer: Buffer, after: np.ndarray, before: np.ndarray, arrays: dict[str, np.ndarray]) -> list[str]:
+    """What is wrong with the parts of a buffer that expect something, and that nothing else was written."""
+    wrong, rest = [], after != before
+    for part in buffer.argument["parts"]:
+        if "expect" not in part:
+            continue
+        here = slice(part["at"], part["at"] + arrays[part["expect"]].nbytes)
+        rest[here] = False
+        found = _compared(buffer, part, np.ascontiguousarray(after[here]), before[here], arrays)
+        wrong += [f"{part.get('name', part['at'])}: {text}" for text in found]
+    if rest.any():
+        wrong.append(f"{int(rest.sum())} bytes outside of the parts were written, the first at {int(rest.argmax())}")
+    return wrong
+
+
+def _compared(
+    buffer: Buffer, argument: dict[str, Any], inside: np.ndarray, before: np.ndarray, arrays: dict[str, np.ndarray]
+) -> list[str]:
+    """What differs between bytes and what the buffer, or a part of it, expects."""
+    wrong: list[str] = []
     want = arrays[argument["expect"]]
     got = inside.view(want.dtype).reshape(want.shape)
     skip = arrays[argument["ignore"]].astype(bool) if "ignore" in argument else np.zeros(want.shape, bool)

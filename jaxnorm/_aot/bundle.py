@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import numpy as np
 from .._compile.code_object import CodeObject
 from ..errors import value_error
 from ..kernels.configs import Launch, Problem
-from . import elf, families, families_cache, families_groups, families_heads
-from .families import Case, Kernel, Output, Retry
+from . import elf, families, families_cache, families_groups, families_heads, families_ranks
+from .families import Case, Fill, Kernel, Output, Retry
 from .instances import Instance
 from .oracle import dtype
 
-KERNELS = families.KERNELS | families_heads.KERNELS | families_groups.KERNELS | families_cache.KERNELS
+FAMILIES = (families, families_heads, families_groups, families_cache, families_ranks)
+KERNELS: dict[str, Kernel] = {name: kernel for family in FAMILIES for name, kernel in family.KERNELS.items()}
 FORMAT = "kernel-case/1"
 FOLDER = "cases"
 MOST_ROWS, PROGRAMS = 7, 2
@@ -52,22 +53,32 @@ def write(
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
     written = []
-    for key, (instance, code) in made.items():
-        stem = f"{instance.stage.call.op}_{code.name}_{key[:10]}.{code.target}"
+    for done, (key, (instance, code)) in enumerate(made.items(), 1):
+        stem = f"{instance.stage.call.op}_{code.name}_{key[:10]}"
         image = folder / f"{code.name}_{key[:10]}.{code.target}.{'hsaco' if code.is_hip else 'cubin'}"
         image.write_bytes(code.image)
-        written.append(write_case(folder / f"{stem}.json", case(instance), code, image.name, instance.stage.backend))
-        step(len(written), len(made))
+        kernel = _kernel(instance)
+        for what, fill in (("", kernel.fill), *((f"_{what}", fill) for what, fill in kernel.more)):
+            path = folder / f"{stem}{what}.{code.target}.json"
+            written.append(write_case(path, case(instance, fill=fill), code, image.name, instance.stage.backend))
+        step(done, len(made))
     return written
 
 
-def case(instance: Instance, rows: int = 0) -> Case:
-    """The data of one launch with few rows: a block's worth and a bit, at most seven."""
-    kernel = KERNELS.get(instance.launch.kernel)
-    if kernel is None:
-        name = instance.launch.kernel
+def _kernel(instance: Instance) -> Kernel:
+    name = instance.launch.kernel
+    if name not in KERNELS:
         raise value_error("aot", "--bundle", f"kernel {name}", "one that jaxnorm/_aot/families.py has an entry for")
-    if kernel.as_planned:
+    return KERNELS[name]
+
+
+def case(instance: Instance, rows: int = 0, fill: Fill | None = None) -> Case:
+    """The data of one launch with few rows: a block's worth and a bit, at most seven. ``fill``: not that of the kernel."""
+    kernel = _kernel(instance)
+    if kernel.shrink is not None:
+        problem, launch = kernel.shrink(instance.problem, instance.launch)
+        scalars = {name: value for name, _, value in launch.scalars}
+    elif kernel.as_planned:
         problem, launch = instance.problem, instance.launch
         scalars = {name: value for name, _, value in launch.scalars}
     else:
@@ -81,7 +92,7 @@ def case(instance: Instance, rows: int = 0) -> Case:
             problem, launch, np.random.default_rng([20260, problem.features, seed]), scalars=scalars, scratch=scratch
         )
         try:
-            kernel.fill(made)
+            (fill or kernel.fill)(made)
             return made
         except Retry:
             continue
@@ -136,8 +147,10 @@ def write_case(path: Path, made: Case, code: CodeObject, image: str, source: str
     """The JSON file and the npz file beside it."""
     arrays: dict[str, np.ndarray] = {}
     arguments = [_input(made, name, arrays) for name in made.launch.inputs]
-    arguments += [_scalar(name, SCALARS[kind], value) for name, kind, value in made.launch.scalars]
+    if not made.tail:
+        arguments += [_scalar(name, SCALARS[kind], value) for name, kind, value in made.launch.scalars]
     arguments += [_output(made, name, arrays) for name in made.launch.outputs]
+    arguments += [_stored_arrays(argument, "", arrays) for argument in made.tail]
     head: dict[str, Any] = {
         "format": FORMAT,
         "kernel": code.name,
@@ -172,6 +185,19 @@ def _stored(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).view({1: np.uint8, 2: np.uint16}[a.dtype.itemsize]) if a.dtype.kind == "V" or (
         a.dtype.name.startswith(("bfloat", "float8"))
     ) else a  # fmt: skip
+
+
+def _stored_arrays(argument: dict[str, Any], prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A ready argument with names for its arrays, which go into the npz."""
+    name, found = f"{prefix}{argument.get('name', '')}", {}
+    for key, value in argument.items():
+        if isinstance(value, np.ndarray):
+            arrays[f"{name}_{key}"] = _stored(value)
+            value = f"{name}_{key}"
+        elif key in ("to", "parts"):
+            value = [_stored_arrays(v, f"{name}_", arrays) for v in value]
+        found[key] = value
+    return found
 
 
 def _buffer(name: str, a: np.ndarray) -> dict[str, Any]:
@@ -223,6 +249,13 @@ def check(out: Path) -> list[str]:
     return wrong
 
 
+def _described(arguments: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Arguments, the buffers of structs of pointers and the parts of buffers: whatever names arrays."""
+    for argument in arguments:
+        yield argument
+        yield from _described((*argument.get("to", ()), *argument.get("parts", ())))
+
+
 def _check_case(path: Path) -> None:
     head = json.loads(path.read_text())
     if head["format"] != FORMAT:
@@ -231,7 +264,7 @@ def _check_case(path: Path) -> None:
     if found != head["target"]:
         raise ValueError(f"{head['code_object']} is for {found}, not {head['target']}")
     with np.load(path.with_suffix(".npz")) as arrays:
-        for argument in head["args"]:
+        for argument in _described(head["args"]):
             for key in ("data", "expect", "ignore", "written"):
                 if key not in argument:
                     continue

@@ -57,7 +57,7 @@ def plan(calls: Sequence[Call], targets: Sequence[str], backend: str | None = No
         for call in calls:
             for stage in stages(call, target, backend):
                 if stage not in seen:
-                    seen[stage] = instances(stage, call.rows)
+                    seen[stage] = instances(stage, call.counts)
                 work.instances |= {k: i for k, i in seen[stage].items() if k not in work.instances}
                 work.stages.append((call, stage, list(seen[stage])))
         mine = [s for _, s, _ in work.stages if s.target == target]
@@ -194,7 +194,7 @@ def _missing(listed: dict[str, Any], calls: Sequence[Call], target: str, manifes
     for call in calls:
         for stage in stages(call, target, manifest["backend"], compilers=False):
             backend = by_stage.get((stage.call.op, stage.call.stage), stage.backend)
-            needed = instances(stage.on(backend), call.rows)
+            needed = instances(stage.on(backend), call.counts)
             lacking = [i for key, i in needed.items() if key not in listed]
             if lacking:
                 kernels = ", ".join(sorted({i.launch.kernel for i in lacking}))

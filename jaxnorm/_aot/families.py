@@ -50,6 +50,8 @@ class Case:
     """Buffers that the launches of the plan hand on to each other: (shape, dtype) by name."""
     params: dict[str, Any] = field(default_factory=dict)
     """For the case's ``params``."""
+    tail: list[dict[str, Any]] = field(default_factory=list)
+    """Arguments behind the outputs, in place of the launch's scalars: as in the JSON file, with arrays for their names."""
 
     def option(self, name: str, default: Any = None) -> Any:
         return dict(self.problem.options).get(name, default)
@@ -115,6 +117,10 @@ class Kernel:
     """The grid dim over persistent programs; None: the grid covers the rows. -1: it does neither."""
     as_planned: bool = False
     """The launch is taken as it was planned, for the fewest rows that it was planned for."""
+    shrink: Callable[[Problem, Launch], tuple[Problem, Launch]] | None = None
+    """Makes a launch small where none of this says how."""
+    more: tuple[tuple[str, Fill], ...] = ()
+    """Further cases of the same code object: (what is in their names, how they are filled)."""
 
 
 # RMSNorm and LayerNorm, forward

@@ -18,7 +18,9 @@ from .. import _dispatch, _explain, _launch
 from .._compile import cache
 from .._compile.target import use_target
 from .._stage import StageCall
-from ..kernels.configs import COMPUTE_UNITS, Launch, Problem, Unsupported
+from ..distributed import fused
+from ..distributed._config import Config
+from ..kernels.configs import COMPUTE_UNITS, Launch, Problem, Unsupported, distributed_hip
 from .spec import Call
 
 MOST_ROWS = 1 << 24
@@ -53,6 +55,32 @@ class Stage:
         module = importlib.import_module(f"jaxnorm.kernels.configs.{self.call.definition.plans[self.backend]}")
         try:
             return module.plan(self.problem(rows))
+        except Unsupported:
+            return ()
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Stands for the :class:`StageCall` of a fused distributed call."""
+
+    op: str
+    stage: str = distributed_hip.STAGE
+
+
+@dataclass(frozen=True)
+class FusedStage(Stage):
+    """A distributed call as one kernel on each rank; ``call`` is a :class:`Fused`."""
+
+    config: Config | None = None
+    dtypes: tuple[tuple[str, str], ...] = ()
+
+    def problem(self, rows: int) -> Problem:
+        assert self.config is not None
+        return fused.problem(replace(self.config, rows=rows), self.dtypes, self.target)
+
+    def plan(self, rows: int) -> tuple[Launch, ...]:
+        try:
+            return distributed_hip.plan(self.problem(rows))
         except Unsupported:
             return ()
 
@@ -107,11 +135,22 @@ def stages(call: Call, target: str, backend: str | None = None, compilers: bool 
     with use_target({platform: target}):
         for function, arguments in call.functions():
             for stage_call, avals in _explain._stages(jax.make_jaxpr(function)(*arguments).jaxpr):
-                if avals is None:  # a fused distributed call, whose kernel belongs to a mesh
+                if avals is None:
+                    found |= dict.fromkeys(_fused(stage_call, target, backend or call.backend, compilers))
                     continue
                 shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
                 found[_chosen(stage_call, shapes, target, backend or call.backend, compilers)] = None
     return list(found)
+
+
+def _fused(decision: Any, target: str, named: str | None, compilers: bool) -> list[FusedStage]:
+    """The kernel of a distributed call, where there is one for it; it is a HIP kernel."""
+    config = decision.config
+    if named == "triton" or (config.norm, config.reduce) != ("rmsnorm", "exact"):
+        return []
+    stage = FusedStage(Fused(config.op), (), target, "hip", "the fused kernel", config, decision.dtypes)  # type: ignore[arg-type]
+    usable = not compilers or _dispatch.compiler("hip", target)[0]
+    return [stage] if usable and stage.plan(config.rows) else []
 
 
 def _chosen(

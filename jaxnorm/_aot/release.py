@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .spec import Call, operators, parse
+from .spec import SCATTERED, Call, operators, parse
 
 BF16, F16, F32 = "bfloat16", "float16", "float32"
 ROWS = [3, 8192]
@@ -140,7 +140,28 @@ def _caches() -> list[dict[str, Any]]:
     return found
 
 
-FAMILIES = (_norms, _quantised, _layernorms)
+def _ranks() -> list[dict[str, Any]]:
+    """The fused distributed calls: both schedules by the numbers of rows, every way the rows and the residual may lie."""
+    found: list[dict[str, Any]] = []
+    mx = {"group_size": 32, "scale_dtype": "e8m0"}
+    kinds: tuple[tuple[str, int, str, str | None, dict[str, Any]], ...] = (
+        ("allreduce_add_rmsnorm", 4, BF16, BF16, {}),
+        ("allreduce_add_rmsnorm", 2, F16, F32, {"spec": {"dtype": "fp8", "group_size": 128}}),
+        ("allreduce_add_rmsnorm", 8, F32, F32, {"cast": "before_weight"}),
+        (SCATTERED, 4, BF16, None, {"spec": {"dtype": "int8"}, "weight_offset": 1.0}),
+        (SCATTERED, 2, BF16, F32, {"spec": {"dtype": "fp4", **mx}}),
+        (SCATTERED, 4, F16, F16, {"gather": False}),
+        (SCATTERED, 2, F32, BF16, {"spec": {"dtype": "float8_e5m2", **mx}, "gather": False}),
+        (SCATTERED, 8, BF16, BF16, {"spec": {"dtype": "fp8"}, "cast": "before_weight"}),
+    )  # fmt: skip
+    for op, ranks, x, residual, options in kinds:
+        args = {"x": f"{x}[..., 2048]", "weight": f"{BF16}[2048]"}
+        args |= {"residual": f"{residual}[..., 2048]"} if residual else {}
+        found.append({"op": op, "args": args, "options": options, "ranks": ranks})
+    return found
+
+
+FAMILIES = (_norms, _quantised, _layernorms, _ranks)
 SMALL = ((_heads, 3), (_groups, 1), (_caches, 5))
 """With the numbers of tokens or images."""
 """Each gives the entries of its ops; an op that is not registered is left out."""

@@ -9,7 +9,8 @@
 ``args`` are arrays, ``dtype[dims]`` (a list of them is a tuple; ``{KVCache = {...}}`` what ``KVCache.create`` gives for these
 arguments; one that is left out is None), ``options`` everything else by the names of the public function. ``...`` stands for
 leading dims. Their sizes never matter: code objects are made for every number of rows, unless ``rows`` names the only ones.
-``grad`` adds the backward and what the forward saves for it, ``backend`` names one.
+``grad`` adds the backward and what the forward saves for it, ``backend`` names one. The calls of ``jaxnorm.distributed`` need
+``ranks``, the size of their mesh axis: of them the fused kernel is made, and the kernels between XLA's collectives.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._stage import OPS, STAGES, OpDef
+from .._stage import OPS, STAGES, OpDef, StageDef
 from .._types import QuantSpec
 from ..errors import value_error
+from ..kernels.configs import distributed_hip
 
 TRACED_ROWS = 8
 GATHER = "kv_cache_gather"
 """The stage of a method, which is no public function of its own."""
+SCATTERED = "reduce_scatter_rmsnorm_quant_all_gather"
+"""The distributed call whose residual stream is sharded."""
 _ARRAY = re.compile(r"(\w+)\[\s*(.*?)\s*\]")
-_KEYS = ("op", "args", "options", "grad", "backend", "rows")
+_KEYS = ("op", "args", "options", "grad", "backend", "rows", "ranks")
+_AXIS = "ranks"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,13 @@ class Call:
     backend: str | None = None
     rows: tuple[int, ...] = ()
     """The only numbers of rows to compile for; empty = all."""
+    ranks: int = 0
+    """Of a distributed call."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """``rows``, and those of a rank's share."""
+        return tuple(sorted({*self.rows, *(-(-r // self.ranks) for r in self.rows)})) if self.ranks else self.rows
 
     def to_json(self) -> dict[str, Any]:
         """What :func:`parse` reads."""
@@ -56,12 +68,15 @@ class Call:
         out |= {"options": self.options} if self.options else {}
         out |= {"grad": True} if self.grad else {}
         out |= {"backend": self.backend} if self.backend else {}
+        out |= {"ranks": self.ranks} if self.ranks else {}
         return out | ({"rows": list(self.rows)} if self.rows else {})
 
     def functions(self) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
         """(function, abstract arguments) pairs to trace: the call, and with ``grad`` its gradients, with all cotangents and with
         that of the first result alone (the last block of a model has no other)."""
         public, arrays = operators()[self.op].function, {k: _argument(self.op, k, v) for k, v in self.args.items()}
+        if self.ranks:
+            return [(self._of_a_rank(public), (arrays,))]
         parameters = inspect.signature(public).parameters.values()
         absent = [p.name for p in parameters if p.default is p.empty and p.name not in (*arrays, *self.options)]
         arrays |= dict.fromkeys(absent)  # TOML has no null
@@ -87,17 +102,39 @@ class Call:
 
         return [(call, (arrays,)), (pull(False), (real, rest)), (pull(True), (real, rest))]
 
+    def _of_a_rank(self, public: Callable[..., Any]) -> Callable[..., Any]:
+        """What every rank of a mesh runs; with the whole operands, since sizes of leading dims do not matter."""
+        mesh = jax.sharding.AbstractMesh((self.ranks,), (_AXIS,))
+        options = {k: _option(self.op, k, v) for k, v in self.options.items()}
+        options |= {
+            "axis_name": _AXIS,
+            "impl": "composite",
+        }  # the kernels between the collectives; the fused one is known
+        absent = {"weight": None} if "weight" not in self.args else {}
+
+        def call(given: dict[str, Any]) -> Any:
+            x, residual = given["x"], given.get("residual")
+            if residual is not None and self.op == SCATTERED:
+                given = given | {"residual": residual[: -(-x.shape[0] // self.ranks)]}
+            return jax.tree.leaves(public(**given, **absent, **options))
+
+        nothing = jax.sharding.PartitionSpec()
+        return jax.shard_map(call, mesh=mesh, in_specs=nothing, out_specs=nothing, check_vma=False)
+
 
 def operators() -> dict[str, OpDef]:
     """Every public operator by name; a family registers its own when it is first used."""
     import jaxnorm
+    from jaxnorm import distributed
 
     for name in jaxnorm.__all__:
         getattr(jaxnorm, name)
     gather = OpDef(
         "KVCache.gather", lambda cache, slots, backend=None: cache.gather(slots, backend=backend), STAGES[GATHER]
     )
-    return OPS | {gather.name: gather}
+    ranks = StageDef(distributed_hip.STAGE, "", lambda *_: {}, {"hip": "distributed_hip"})
+    fused = (OpDef(f.__name__, f, ranks) for f in (distributed.allreduce_add_rmsnorm, getattr(distributed, SCATTERED)))
+    return OPS | {op.name: op for op in (gather, *fused)}
 
 
 def load(path: Path) -> list[Call]:
@@ -129,14 +166,18 @@ def _call(index: int, entry: Any) -> Call:
     if unknown := sorted(set(entry) - set(_KEYS)):
         raise value_error("aot", where, unknown[0], f"one of {', '.join(_KEYS)}")
     if entry.get("op") not in operators():
-        raise value_error("aot", f"{where}.op", repr(entry.get("op")), f"one of {', '.join(sorted(OPS))}")
+        raise value_error("aot", f"{where}.op", repr(entry.get("op")), f"one of {', '.join(sorted(operators()))}")
     if entry.get("backend") not in (None, "hip", "triton"):
         raise value_error("aot", f"{where}.backend", repr(entry["backend"]), "'hip' or 'triton'")
     rows = entry.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(r, int) and r > 0 for r in rows):
         raise value_error("aot", f"{where}.rows", repr(rows), "a list of positive integers")
+    ranks, fused = entry.get("ranks", 0), operators()[entry["op"]].forward.name == distributed_hip.STAGE
+    if fused != (type(ranks) is int and ranks > 1):
+        expected = "a number of ranks from 2 up" if fused else f"nothing: {entry['op']} is no distributed call"
+        raise value_error("aot", f"{where}.ranks", repr(ranks), expected)
     call = Call(entry["op"], dict(entry.get("args", {})), dict(entry.get("options", {})), bool(entry.get("grad", False)),
-                entry.get("backend"), tuple(rows))  # fmt: skip
+                entry.get("backend"), tuple(rows), ranks)  # fmt: skip
     call.functions()  # the arguments parse
     return call
 

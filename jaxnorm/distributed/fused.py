@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax.extend import core as jex_core
 from jax.interpreters import batching, mlir
 
 from .. import _compat, _dispatch, _launch, _native
-from .._compile import hip, target
+from .._compile import cache, hip, target
 from .._ref import quant as ref
 from .._stage import Arrays
 from .._types import Quantized
@@ -46,6 +46,9 @@ class Decision:
     reason: str
     launch: Launch | None = None
     problem: Problem | None = None
+    config: Config | None = None
+    dtypes: tuple[tuple[str, str], ...] = ()
+    """The call: its configuration, and the dtypes of its operands by name."""
 
 
 def decide(config: Config, dtypes: tuple[tuple[str, str], ...], impl: str) -> Decision:
@@ -78,13 +81,15 @@ def decide(config: Config, dtypes: tuple[tuple[str, str], ...], impl: str) -> De
 def _planned(config: Config, dtypes: tuple[tuple[str, str], ...], no: Any) -> Decision:
     t = target.in_force(target.named())[0]
     usable, reason, _ = hip.available(t)
-    if not usable:
+    if not usable and not cache.has_shipped():
         return no(reason)
     p = problem(config, dtypes, t)
     try:
         launch = _tuned(p)
     except Unsupported as e:
         return no(str(e))
+    if not usable and not _launch.shipped((launch,), p, "hip"):
+        return no(f"{reason} {cache.directory()} holds precompiled kernels, but not that of this call.")
     half = distributed_hip.half_bytes(p)
     if half > schedule.HALF_BYTES:
         return no(f"its workspace would have halves of {half} bytes, more than {schedule.HALF_BYTES}")
@@ -96,9 +101,7 @@ def _tuned(p: Problem) -> Launch:
     blocks = schedule.forced()[1]
     if blocks is None:
         return launch
-    import dataclasses
-
-    return dataclasses.replace(launch, grid=(min(blocks, distributed_hip.MAX_BLOCKS), 1, 1))
+    return replace(launch, grid=(min(blocks, distributed_hip.MAX_BLOCKS), 1, 1))
 
 
 def problem(config: Config, dtypes: tuple[tuple[str, str], ...], t: str) -> Problem:
@@ -115,7 +118,7 @@ def problem(config: Config, dtypes: tuple[tuple[str, str], ...], t: str) -> Prob
 def run(config: Config, arrays: Arrays, impl: str) -> tuple[Any, jax.Array | None]:
     """(y or Quantized, residual_out or None), fused where it can be."""
     dtypes = tuple((n, a.dtype.name) for n, a in arrays.items())
-    decision = decide(config, dtypes, impl)
+    decision = replace(decide(config, dtypes, impl), config=config, dtypes=dtypes)
     if not decision.fused:
         _complain(config, decision, impl)
         return composite.run(config, {**arrays, "x": note(arrays["x"], decision)})
