@@ -35,7 +35,7 @@ def _norms() -> list[dict[str, Any]]:
         (40960, BF16, BF16, {}),
     ):
         args = {"x": f"{x}[..., {n}]", "weight": f"{w}[{n}]"}
-        found.append({"op": "rmsnorm", "args": args, "options": options, "grad": n <= 4096})
+        found.append({"op": "rmsnorm", "args": args, "options": options, "grad": n != 1000})
         added = args | {"residual": f"{F32 if n == 4096 else x}[..., {n}]"}
         rounding = {"residual_rounding": "input"} if n == 1000 else {}
         found.append({"op": "add_rmsnorm", "args": added, "options": options | rounding, "grad": n in (769, 4096)})
@@ -58,6 +58,11 @@ def _quantised() -> list[dict[str, Any]]:
     found.append({"op": "rmsnorm_quant", "args": odd, "options": {"spec": {"dtype": "int8"}}})
     static = {"x": f"{BF16}[..., 2880]", "weight": f"{BF16}[2880]", "static_scale": f"{F32}[]"}
     found.append({"op": "rmsnorm_quant", "args": static, "options": {"spec": {"dtype": "fp8"}, "pad_to_multiple": 256}})
+    wide = {
+        "x": f"{BF16}[..., 40960]",
+        "weight": f"{BF16}[40960]",
+    }  # in steps over the row, and its backward in tiles of columns
+    found.append({"op": "rmsnorm_quant", "args": wide, "options": {"spec": {"dtype": "fp8"}}})
     return found
 
 
@@ -107,7 +112,7 @@ def _layernorms() -> list[dict[str, Any]]:
         (40960, BF16, BF16, {}),
     ):
         args = {"x": f"{x}[..., {n}]", "weight": f"{w}[{n}]", "bias": f"{w}[{n}]"}
-        found.append({"op": "layernorm", "args": args, "options": options, "grad": n <= 4096})
+        found.append({"op": "layernorm", "args": args, "options": options, "grad": True})
         added = args | {"residual": f"{F32 if n == 4096 else x}[..., {n}]", "x_bias": f"{x}[{n}]"}
         found.append({"op": "add_layernorm", "args": added, "options": options, "grad": n == 769})
     for i, spec in enumerate(SPECS):
