@@ -2,33 +2,43 @@
 
     python -m benchmarks.distributed --out DIR [--ranks 4,2] [--features 8192,7168] [--rows 16,128,...] [--budget-seconds 240]
 
-Microseconds of one call of ``reduce_scatter_rmsnorm_quant_all_gather`` (bfloat16 in, fp8 with a scale a row out, bfloat16 weight):
-the wall clock of a jitted loop of K calls, each fed by the one before, divided by K; the best of 5. ``loop`` is the same with
-nothing called: its cost is in every figure. Kernel durations would not do: a kernel that waits for another GPU is long. Each pair
-of ranks and features runs in a process of its own that is killed when its time is up; ``distributed.json`` is written after every
-cell, and a second run goes on from there. At the end: what the figures suggest for ``jaxnorm/distributed/schedule.py``.
+Microseconds of one call of ``reduce_scatter_rmsnorm_quant_all_gather`` (bfloat16 in and weight, fp8 with a scale a row out),
+as the slope between two lengths of a chain: a jitted program of K calls, each of which needs codes and scales of the one before:
+they make the first element of x, which a kernel of one element writes in place; it is in every contestant's figure (``tie``: one
+more of it a call, measured the same way). That no call of a chain was merged with another is checked in the compiled program.
+Wall clock, the shortest of 30 runs of each length, in turns; their difference by the difference of the lengths: what a program
+enqueues once, and what its first kernel waits for, is in neither.
+XLA's default flags unless XLA_FLAGS says otherwise: fused calls are then replayed in CUDA graphs, NCCL's are not. All calls read
+the same partial sums, which few rows leave in the L2 as the product before them would. Kernel durations would not do: a kernel
+that waits for another GPU is long. Each pair of ranks and features runs in a process of its own that is killed when its time is
+up; ``distributed.json`` is written after every cell, and a second run goes on from there. At the end: what the figures suggest for
+``jaxnorm/distributed/schedule.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jaxnorm._bench import store
 
-FORMAT = "jaxnorm-distributed-bench/1"
+FORMAT = "jaxnorm-distributed-bench/3"
 MAIN = (16, 128, 1024, 8192)
 OTHERS = (1, 4, 64, 256, 512, 2048, 4096, 2, 8, 32)
-GRIDS = (66, 132, 264, 528)
+LENGTHS = {1024: (8, 32), 8192: (4, 12)}
+"""Calls of the two chains, up to so many rows."""
+REPEATS = 30
 LINK = 450e9
 """Bytes a second and direction of NVLink 4."""
 
@@ -39,35 +49,38 @@ def floor_us(rows: int, n: int, ranks: int) -> dict[str, float]:
     return {"one-shot": (ranks - 1) * rows * n * 2 / LINK * 1e6, "two-shot": two / LINK * 1e6}
 
 
-def contestants(rows: int, n: int) -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """(name, arguments of the call, arguments of ``schedule.force``)"""
-    yield "composite", {"impl": "composite"}, {}
-    yield "fused", {"impl": "fused"}, {}
-    yield "one-shot", {"impl": "fused"}, {"schedule": "one-shot"}
-    if rows not in MAIN:
-        yield "two-shot", {"impl": "fused"}, {"schedule": "two-shot"}
-        return
-    for grid in GRIDS if n == 8192 and rows > 128 else (None,):
-        yield f"two-shot/{grid}" if grid else "two-shot", {"impl": "fused"}, {"schedule": "two-shot", "blocks": grid}
-    if n == 8192:
-        yield "composite-gathering-partials", {"impl": "composite"}, {"few": True}
-        yield "composite-exchanging", {"impl": "composite"}, {"few": False}
-        yield "composite-native", {"impl": "composite", "reduce": "native"}, {}
-        yield "psum-then-norm", {}, None
-        yield "loop", {}, None
+Contestant = tuple[str, dict[str, Any], dict[str, Any] | None]
+"""(name, arguments of the call, arguments of ``schedule.force``)"""
+
+
+def contestants(rows: int) -> list[Contestant]:
+    fused = {"impl": "fused"}
+    found: list[Contestant] = [
+        ("composite", {"impl": "composite"}, {}),
+        ("fused", fused, {}),
+        ("auto", {}, {}),
+        ("psum-then-norm", {}, {}),
+        ("one-shot", fused, {"schedule": "one-shot"}),
+        ("two-shot", fused, {"schedule": "two-shot"}),
+    ]
+    if rows in MAIN:
+        found += [
+            ("composite-gathering-partials", {"impl": "composite"}, {"few": True}),
+            ("composite-exchanging", {"impl": "composite"}, {"few": False}),
+            ("composite-native", {"impl": "composite", "reduce": "native"}, {}),
+            ("fused, two ties", fused, {}),
+        ]
+    return found
 
 
 def local(name: str, options: dict[str, Any], spec: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
     """The call of one rank: x [M, N] and weight -> codes and scales."""
     import jax
-    import jax.numpy as jnp
 
     import jaxnorm as jn
 
     if name == "psum-then-norm":
         return lambda x, w: _parts(jn.rmsnorm_quant(jax.lax.psum(x, "tp"), w, spec))
-    if name == "loop":
-        return lambda x, w: (jnp.zeros(x.shape, spec.dtype), x[:, :1].astype(jnp.float32))
     return lambda x, w: _parts(
         jn.distributed.reduce_scatter_rmsnorm_quant_all_gather(x, w, spec, axis_name="tp", **options)
     )
@@ -77,8 +90,8 @@ def _parts(q: Any) -> tuple[Any, Any]:
     return q.values, q.scale
 
 
-def compiled(name: str, options: dict[str, Any], force: Any, mesh: Any, rows: int, n: int, calls: int) -> Any:
-    """The loop, compiled: (x [W, M, N], weight) -> the last call's results, one a rank."""
+def compiled(contestant: Contestant, mesh: Any, rows: int, n: int, calls: int) -> Any:
+    """The chain, compiled: (x [W, M, N], weight) -> the last call's results, one a rank."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
@@ -87,17 +100,17 @@ def compiled(name: str, options: dict[str, Any], force: Any, mesh: Any, rows: in
     import jaxnorm as jn
     from jaxnorm.distributed import schedule
 
-    spec = jn.QuantSpec("float8_e4m3fn")
-    call = local(name, options, spec)
+    name, options, force = contestant
+    call = jax.jit(local(name, options, jn.QuantSpec("float8_e4m3fn")))  # traced once, inlined by XLA
 
     def rank(x: Any, w: Any) -> Any:
-        def body(_: Any, state: Any) -> Any:
-            x, _, s = state
-            return x.at[0, 0].add((s[0, 0] * 0).astype(x.dtype)), *call(x, w)
-
-        start = (x[0], jnp.zeros((rows, n), spec.dtype), jnp.zeros((rows, 1), jnp.float32))
-        _, q, s = jax.lax.fori_loop(0, calls, body, start)
-        return q[None], s[None]
+        x = x[0]
+        for _ in range(calls):
+            q, s = call(x, w)
+            for _ in range(2 if "two ties" in name else 1):
+                tied = (q[-1, -1].astype(jnp.float32) * 0 + s[-1, 0] * 0 + 1).astype(x.dtype)
+                x = jax.lax.optimization_barrier(x.at[0, 0].set(tied))
+        return q[None], s[None], x[None, :1, :1]
 
     f = jax.jit(jax.shard_map(rank, mesh=mesh, in_specs=(P("tp"), P()), out_specs=P("tp"), check_vma=False))
     ranks = mesh.devices.size
@@ -107,49 +120,101 @@ def compiled(name: str, options: dict[str, Any], force: Any, mesh: Any, rows: in
         return f.lower(x, w).compile()
 
 
-def measure(mesh: Any, rows: int, n: int) -> dict[str, Any]:
-    """Microseconds by contestant, and what failed."""
+def inputs(mesh: Any, rows: int, n: int) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
+    make = functools.partial(jax.random.normal, shape=(mesh.devices.size, rows, n), dtype=jnp.bfloat16)
+    x = jax.jit(make, out_shardings=NamedSharding(mesh, P("tp")))(jax.random.key(rows))
+    return x, jax.device_put(np.linspace(0.5, 1.5, n).astype(jnp.bfloat16), NamedSharding(mesh, P()))
+
+
+def shortest(programs: list[Any], x: Any, w: Any) -> list[float]:
+    """Seconds of each program, in turns. Results are dropped before the next run, which then finds the same memory."""
+    import jax
+
+    best = [float("inf")] * len(programs)
+    for _ in range(REPEATS):
+        for i, run in enumerate(programs):
+            start = time.perf_counter()
+            jax.block_until_ready(run(x, w))
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def exchanges(program: Any) -> int:
+    """Collectives and fused calls in a compiled program."""
+    kinds = r"all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    text = program.as_text()
+    return len(re.findall(rf" (?:{kinds})(?:-start)?\(", text)) + text.count('custom_call_target="jaxnorm_fused"')
+
+
+def lengths(rows: int) -> tuple[int, int]:
+    return next((v for limit, v in LENGTHS.items() if rows <= limit), LENGTHS[max(LENGTHS)])
+
+
+def timed(pair: list[Any], calls: tuple[int, int], x: Any, w: Any) -> tuple[float, float, tuple[Any, Any]]:
+    """Microseconds and exchanges of a call of the two chains, and the bits that the short one ends with on every rank."""
+    import jax
+    import numpy as np
+
     from jaxnorm.distributed import check
 
-    ranks = mesh.devices.size
-    calls = 200 if rows <= 1024 else 60
-    make = functools.partial(jax.random.normal, shape=(ranks, rows, n), dtype=jnp.bfloat16)
-    x = jax.jit(make, out_shardings=NamedSharding(mesh, P("tp")))(jax.random.key(rows))
-    w = jax.device_put(np.linspace(0.5, 1.5, n).astype(jnp.bfloat16), NamedSharding(mesh, P()))
-    found = list(contestants(rows, n))
+    moves, other = (exchanges(p) / k for p, k in zip(pair, calls, strict=True))
+    if moves != other or moves < 1:
+        raise RuntimeError(f"a call has {moves} exchanges in the short chain, {other} in the long one")
+    out = jax.block_until_ready(pair[0](x, w))
+    last = np.asarray(out[0]).view(np.uint8), np.asarray(out[1])
+    del out
+    jax.block_until_ready(pair[1](x, w))
+    less, more = shortest(pair, x, w)
+    check()
+    return round((more - less) / (calls[1] - calls[0]) * 1e6, 2), moves, last
+
+
+def measure(mesh: Any, rows: int, n: int, found: list[Contestant], idle: Any = None) -> dict[str, Any]:
+    """Microseconds by contestant, and what failed. ``idle``: a context in which nothing else runs on the machine."""
+    calls = lengths(rows)
     times: dict[str, float] = {}
     errors: dict[str, str] = {}
+    moves: dict[str, float] = {}
     last: dict[str, Any] = {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        programs = {name: pool.submit(compiled, name, o, force, mesh, rows, n, calls) for name, o, force in found}
-        for name, program in programs.items():
+        programs = [(c[0], [pool.submit(compiled, c, mesh, rows, n, k) for k in calls]) for c in found]
+        concurrent.futures.wait([p for _, two in programs for p in two])
+    with idle or contextlib.nullcontext():
+        x, w = inputs(mesh, rows, n)
+        for name, two in programs:
             try:
-                run = program.result()
-                out = jax.block_until_ready(run(x, w))
-                best = float("inf")
-                for _ in range(5):
-                    start = time.perf_counter()
-                    jax.block_until_ready(run(x, w))
-                    best = min(best, (time.perf_counter() - start) / calls)
-                check()
-                times[name] = round(best * 1e6, 2)
-                last[name] = np.asarray(out[1][:, :, 0])
+                times[name], moves[name], last[name] = timed([p.result() for p in two], calls, x, w)
             except Exception as e:
                 errors[name] = f"{type(e).__name__}: {e}"[:600]
-    for name, scales in last.items():  # a timed program that is wrong is no contestant
-        want = last.get("composite")
-        off = name != "loop" and want is not None and not np.allclose(scales, want, rtol=2e-2)
-        if off or (not (scales == scales[0]).all() and name != "loop"):
-            errors[name] = "its scales are not the composite's"
-            times.pop(name)
-    return {"rows": rows, "features": n, "ranks": ranks, "calls": calls, "us": times, "errors": errors,
-            "floor_us": {k: round(v, 2) for k, v in floor_us(rows, n, ranks).items()}}  # fmt: skip
+    errors |= wrong(last)
+    for name in errors:
+        times.pop(name, None)
+    if "fused, two ties" in times and "fused" in times:
+        times["tie"] = round(times.pop("fused, two ties") - times["fused"], 2)
+    return {"rows": rows, "features": n, "ranks": mesh.devices.size, "calls": list(calls), "us": times, "errors": errors,
+            "exchanges": moves, "floor_us": {k: round(v, 2) for k, v in floor_us(rows, n, mesh.devices.size).items()}}  # fmt: skip
+
+
+def wrong(last: dict[str, tuple[Any, Any]]) -> dict[str, str]:
+    """Timed programs that are wrong: other bits on another rank or schedule, or scales that are not near the composite's."""
+    import numpy as np
+
+    found = {}
+    codes, scales = last.get("fused", (None, None))
+    for name, (q, s) in last.items():
+        if not ((q == q[0]).all() and (s == s[0]).all()):
+            found[name] = "its ranks differ"
+        elif "composite" in last and not np.allclose(s, last["composite"][1], rtol=2e-2):
+            found[name] = "its scales are not the composite's"
+        elif "shot" in name and codes is not None and not ((q == codes).all() and (s == scales).all()):
+            found[name] = "another schedule gives other bits"
+    return found
 
 
 def suggest(cells: dict[str, Any]) -> list[str]:
@@ -203,7 +268,7 @@ def worker(path: pathlib.Path, ranks: int, n: int, rows: list[int], seconds: flo
             continue
         if time.monotonic() - start > seconds:
             break
-        results["cells"][key] = measure(mesh, m, n)
+        results["cells"][key] = measure(mesh, m, n, contestants(m))
         store.write_json(path, results)
         cell = results["cells"][key]
         errors = [f"ERROR {k}: {v[:160]}" for k, v in cell["errors"].items()]

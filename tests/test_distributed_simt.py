@@ -130,7 +130,7 @@ def test_changing_calls(target, ranks):
 
 
 def test_schedules_grids_and_threads_give_the_same_bits():
-    target, call = "sm_90", Call(6, N, 2, spec=FP8)
+    target, call = "sm_90", Call(9, N, 2, spec=FP8)
     one, two = Shot(call, "one-shot"), Shot(call)
     plans = [distributed_hip.plan(one.problem(target))[0],
              *(p[0] for p in distributed_hip.candidates(two.problem(target)))]  # fmt: skip

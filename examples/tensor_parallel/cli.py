@@ -28,6 +28,12 @@ def main(
         str, typer.Option(help="float32 or bfloat16; float32 must give the single device's tokens.")
     ] = "float32",
     gguf: Annotated[Path | None, typer.Option(help="Another Gemma 3 text model; default: the package's file.")] = None,
+    random: Annotated[
+        int,
+        typer.Option(
+            min=0, help="No file: random weights of Gemma 3 270M's sizes and so many prompt tokens. For timing."
+        ),
+    ] = 0,
 ) -> None:
     """Continue PROMPT on one device, and on DEVICES with jaxnorm.distributed and with plain collectives; compare and time."""
     console = Console(highlight=False)
@@ -35,13 +41,15 @@ def main(
     if "host_platform_device_count" not in flags:  # before JAX starts: host devices, in case there is no GPU
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
     try:
-        run(console, devices, prompt, max_tokens, dtype, gguf)
+        run(console, devices, prompt, max_tokens, dtype, gguf, random)
     except DemoError as error:
         Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True, style="red")
         raise typer.Exit(1) from error
 
 
-def run(console: Console, devices: int, prompt: str, max_tokens: int, dtype: str, gguf: Path | None) -> None:
+def run(
+    console: Console, devices: int, prompt: str, max_tokens: int, dtype: str, gguf: Path | None, random: int
+) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -49,34 +57,46 @@ def run(console: Console, devices: int, prompt: str, max_tokens: int, dtype: str
 
     from ..gemma import model
     from ..gemma.cli import TERMS, open_model, stages
+    from . import random_weights
     from .generate import Generator
     from .sharding import AXIS, Plan
 
-    console.print(TERMS, soft_wrap=True)
+    if not random:
+        console.print(TERMS, soft_wrap=True)
     if dtype not in ("float32", "bfloat16"):
         raise DemoError(f"tensor_parallel: --dtype: got {dtype!r}, expected float32 or bfloat16")
     if len(jax.devices()) < devices:
         raise DemoError(
             f"tensor_parallel: --devices {devices}: JAX has {len(jax.devices())} ({jax.devices()[0].platform})"
         )
-    with stages(console) as progress:
-        file, tokenizer, config = open_model(gguf, progress)
-        task = progress.add_task("load weights", total=model.elements(config))
-        params = model.load(file, config, jnp.dtype(dtype), lambda count: progress.advance(task, count))
-    ids = tokenizer.encode(prompt)
+    tokenizer = None
+    if random:
+        config = random_weights.GEMMA_3_270M
+        params = random_weights.params(config, jnp.dtype(dtype))
+        ids = random_weights.prompt(config, random)
+    else:
+        with stages(console) as progress:
+            file, tokenizer, config = open_model(gguf, progress)
+            task = progress.add_task("load weights", total=model.elements(config))
+            params = model.load(file, config, jnp.dtype(dtype), lambda count: progress.advance(task, count))
+        ids = tokenizer.encode(prompt)
     console.print(f"jax {jax.__version__}, {devices} of {len(jax.devices())} x {jax.devices()[0].device_kind}, {dtype}")
     found = {}
     ways = {"1 device": (1, True), "jaxnorm.distributed": (devices, False), "plain collectives": (devices, True)}
     for name, (ranks, plain) in ways.items():
         mesh = Mesh(np.array(jax.devices()[:ranks]), (AXIS,))
         generator = Generator(params, Plan(config, ranks), mesh, plain=plain)
-        generator(ids, max_tokens)  # compiles
-        found[name] = generator(ids, max_tokens, tokenizer.eos_id)
+        for _ in range(2):  # compiles, then records graphs
+            generator(ids, max_tokens)
+        found[name] = generator(ids, max_tokens, tokenizer.eos_id if tokenizer else None)
         one = found[name]
         console.print(
             f"{name:20s} prompt {1e3 * one.prefill_seconds:8.2f} ms, {1e3 * one.seconds_per_token:8.3f} ms a token"
         )
-    console.print(f"\n{prompt}{tokenizer.decode(found['jaxnorm.distributed'].tokens)}\n", markup=False, soft_wrap=True)
+    if tokenizer:
+        console.print(
+            f"\n{prompt}{tokenizer.decode(found['jaxnorm.distributed'].tokens)}\n", markup=False, soft_wrap=True
+        )
     same = found["jaxnorm.distributed"].tokens == found["1 device"].tokens
     console.print(f"tokens of {devices} devices and of one: {'the same' if same else 'different'}")
     if not same and dtype == "float32":

@@ -1,13 +1,18 @@
 """One rank's part of examples/gemma's model, inside shard_map.
 
-A half block is a product that leaves partial sums, a norm of their sum, and the residual add in the norm that follows. The residual
-stream lives in row shards, a W-th of the tokens on each rank:
+A half block is a product that leaves partial sums, a norm of their sum, and the residual add in the norm that follows. With many
+rows, as in a prompt, the residual stream lives in row shards, a W-th of the tokens on each rank:
 
     x    = reduce_scatter(attention(h)) -> rmsnorm     jaxnorm.distributed, on this rank's rows
     h, r = add_rmsnorm(x, r)                           the same rows
     h    = all_gather(h)                               for the next product
 
-`plain` is what it is compared with: psum, and every norm on every rank for all rows.
+With few, as in a step of one token, a second collective would cost more than it saves: every rank has all rows.
+
+    x    = reduce_scatter(attention(h)) -> rmsnorm -> all_gather       jaxnorm.distributed, one call
+    h, r = add_rmsnorm(x, r)                                           all rows
+
+`plain` is what they are compared with: psum, and every norm on every rank for all rows.
 """
 
 from __future__ import annotations
@@ -22,8 +27,10 @@ from ..gemma import model as gemma
 from ..gemma.model import Config, Params
 from .sharding import AXIS, Plan
 
+FEW_ROWS = 64
 
-class Rows:
+
+class Shards:
     """Norms on this rank's rows."""
 
     def __init__(self, rows: int, eps: float) -> None:
@@ -45,8 +52,11 @@ class Rows:
         )
 
 
-class Plain(Rows):
-    """The same with XLA's collectives alone: all rows everywhere."""
+class Whole:
+    """Norms on all rows."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
 
     def own(self, a: jax.Array) -> jax.Array:
         return a
@@ -55,7 +65,22 @@ class Plain(Rows):
         return a
 
     def reduced(self, partial: jax.Array, weight: jax.Array) -> jax.Array:
+        return jaxnorm.distributed.reduce_scatter_rmsnorm_quant_all_gather(
+            partial, weight, axis_name=AXIS, eps=self.eps
+        )
+
+
+class Plain(Whole):
+    """The same with XLA's collectives alone."""
+
+    def reduced(self, partial: jax.Array, weight: jax.Array) -> jax.Array:
         return jaxnorm.rmsnorm(jax.lax.psum(partial, AXIS), weight, eps=self.eps)
+
+
+def norms_of(rows: int, eps: float, plain: bool) -> Shards | Whole:
+    if plain:
+        return Plain(eps)
+    return Shards(rows, eps) if rows > FEW_ROWS else Whole(eps)
 
 
 def forward(
@@ -70,7 +95,7 @@ def forward(
     """`gemma.forward` on one rank: tokens [B, T] -> hidden [B, T, E], the same on all ranks, and this rank's cache."""
     config: Config = plan.local
     batch, length = tokens.shape
-    norms = (Plain if plain else Rows)(batch * length, config.eps)
+    norms = norms_of(batch * length, config.eps, plain)
     embedded = params.embedding[tokens.reshape(-1)]
     residual = norms.own(embedded * jnp.asarray(config.width**0.5, embedded.dtype))
 

@@ -85,7 +85,7 @@ def _planned(config: Config, dtypes: tuple[tuple[str, str], ...], no: Any) -> De
         return no(reason)
     p = problem(config, dtypes, t)
     try:
-        launch = _tuned(p)
+        launch = distributed_hip.tuned(p, **dict(schedule.forced()[2]))
     except Unsupported as e:
         return no(str(e))
     if not usable and not _launch.shipped((launch,), p, "hip"):
@@ -94,14 +94,6 @@ def _planned(config: Config, dtypes: tuple[tuple[str, str], ...], no: Any) -> De
     if half > schedule.HALF_BYTES:
         return no(f"its workspace would have halves of {half} bytes, more than {schedule.HALF_BYTES}")
     return Decision(config.op, True, f"{p.option('schedule')} over peer memory", launch, p)
-
-
-def _tuned(p: Problem) -> Launch:
-    (launch,) = distributed_hip.plan(p)
-    blocks = schedule.forced()[1]
-    if blocks is None:
-        return launch
-    return replace(launch, grid=(min(blocks, distributed_hip.MAX_BLOCKS), 1, 1))
 
 
 def problem(config: Config, dtypes: tuple[tuple[str, str], ...], t: str) -> Problem:

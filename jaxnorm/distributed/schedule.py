@@ -34,18 +34,19 @@ HALF_BYTES = 512 << 20
 _forced = _compat.user_context(None)
 
 
-def force(schedule: str | None = None, blocks: int | None = None, few: bool | None = None) -> Any:
-    """Context manager for tests and measurements: a schedule and grid of the fused kernel, and whether few rows are gathered."""
-    return _forced((schedule, blocks, few))
+def force(schedule: str | None = None, few: bool | None = None, **tuning: int) -> Any:
+    """Context manager for tests and measurements: a schedule of the fused kernel, whether few rows are gathered, and parts of the
+    launch (``distributed_hip.tuned``)."""
+    return _forced((schedule, few, tuple(sorted(tuning.items()))))
 
 
-def forced() -> tuple[str | None, int | None, bool | None]:
-    return _forced.value or (None, None, None)
+def forced() -> tuple[str | None, bool | None, tuple[tuple[str, int], ...]]:
+    return _forced.value or (None, None, ())
 
 
 def few_rows(config: Config) -> bool:
     """Composite: gather the partials instead of exchanging row blocks. Fewer rows than ranks always are few."""
-    if (few := forced()[2]) is not None:
+    if (few := forced()[1]) is not None:
         return few
     received = (config.ranks - 1) * config.rows * config.features * ITEMSIZE[config.dtype]
     return config.rows < config.ranks or received <= FEW_BYTES.get(platform(), 0)

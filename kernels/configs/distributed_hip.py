@@ -42,6 +42,16 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     return (_launch(problem, _tuning(problem)),)
 
 
+def tuned(problem: Problem, **changes: int | None) -> Launch:
+    """The plan with other ``lanes``, ``blocks`` or ``min_blocks``; None leaves one as it is."""
+    _check(problem)
+    given = {k: v for k, v in changes.items() if v is not None}
+    base = _tuning(problem)
+    if "lanes" in given:
+        base = replace(base, regs=_ceil(problem.features // vector(problem), given["lanes"]))
+    return _launch(problem, replace(base, **given))
+
+
 def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     """Other tunings of the same computation, the plan first."""
     _check(problem)

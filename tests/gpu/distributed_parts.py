@@ -135,7 +135,7 @@ def part_values(ranks: int) -> None:
             jax.tree.map(same_on_all, out[0])
         if call.kind == "allreduce":
             same_on_all(out[1])
-        with schedule.force("two-shot" if "one-shot" in chosen(call, arrays) else "one-shot", 3):
+        with schedule.force("two-shot" if "one-shot" in chosen(call, arrays) else "one-shot", blocks=3):
             again = setup(call, mesh, impl="fused")[0](placed)
         assert same(out, again), f"call {n}: another schedule and grid give other bits"
         for _ in range(5):
