@@ -196,12 +196,14 @@ def test_a_spill_is_seen() -> None:
 
 
 def test_hardware_bf16() -> None:
-    """gfx950 has an instruction for the bf16 rounding, the others do not."""
+    """gfx950 has an instruction for the bf16 rounding, the others do not. Where it takes pairs, what feeds it is packed math."""
     need_compiler("gfx950")
     for target in AMD:
         problem = Case(4096, rows=8192, target=target).forward()
         (launch,) = rmsnorm_hip.plan(problem)
-        assert ("v_cvt_pk_bf16_f32" in machine_code(launch, problem)) == (target == "gfx950")
+        text = machine_code(launch, problem)
+        assert ("v_cvt_pk_bf16_f32" in text) == (target == "gfx950")
+        assert (text.count("v_pk_mul_f32") >= 16) == (target != "gfx1100"), "all of the two chunks of eight"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxnorm.kernels.configs import ITEMSIZE, Launch, Problem
+from jaxnorm.kernels.configs import ITEMSIZE, Launch, Problem, distributed_hip
 
 from jaxnorm import _launch
-from jaxnorm._aot import instances, isa, spec
+from jaxnorm._aot import families_ranks, instances, isa, spec
+from jaxnorm._aot.instances import FusedStage
 from jaxnorm._compile import hip, triton
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,13 @@ class Subject:
     backends: tuple[str, ...] = ("hip",)
     grad: bool = False
     """The kernels of the backward instead."""
+    ranks: int = 0
+    """Of a distributed call, whose fused kernel is meant."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """That have a kernel for it."""
+        return tuple(t for t in TARGETS if not self.ranks or t.startswith(distributed_hip.TARGETS))
 
 
 def _norm(rows: int, n: int, residual: bool = False, bias: str = "", **more: Any) -> dict[str, Any]:
@@ -57,6 +65,12 @@ BOTH = ("hip", "triton")
 _WHERE = {"positions": "int32[...]", "cos_sin": f"{F32}[8192, 128]"}
 _QK = {"q": f"{BF16}[..., 32, 128]", "k": f"{BF16}[..., 8, 128]", "q_weight": f"{BF16}[128]", "k_weight": f"{BF16}[128]",
        **_WHERE}  # fmt: skip
+_IMAGE = {"weight": f"{BF16}[320]", "bias": f"{BF16}[320]"}
+_TWO = {f"{k}{t}": f"{BF16}[..., {s}, {h}, 128]" for t, s in ((0, 512), (1, 3584)) for k, h in (("q", 24), ("k", 24))}
+_TWO |= {f"{k}_weight{t}": f"{BF16}[128]" for k in "qk" for t in (0, 1)} | {"cos_sin0": f"{F32}[512, 128]",
+                                                                           "cos_sin1": f"{F32}[3584, 128]"}  # fmt: skip
+_CACHE = {"KVCache": {"num_pages": 1024, "page_size": 16, "num_kv_heads": 8, "head_dim": 128, "dtype": "int8",
+                      "quant": "per_token"}}  # fmt: skip
 MX = {"dtype": "fp4", "group_size": 32, "scale_dtype": "e8m0", "scale_layout": "shuffled"}
 SUBJECTS: tuple[Subject, ...] = (
     Subject("rmsnorm 8192x4096", "rmsnorm", **_norm(8192, 4096), backends=BOTH),
@@ -72,18 +86,36 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("rmsnorm_quant 8192x4096 mxfp4", "rmsnorm_quant", **_norm(8192, 4096, options={"spec": MX})),
     Subject("quantize 8192x4096 fp8", "quantize", {"x": f"{BF16}[..., 4096]"}, {"spec": {"dtype": "fp8"}}, 8192),
     Subject("layernorm 8192x4096", "layernorm", **_norm(8192, 4096, bias=f"{BF16}[4096]"), backends=BOTH),
-    Subject("layernorm backward 8192x4096", "layernorm", **_norm(8192, 4096, bias=f"{BF16}[4096]"), grad=True),
-    Subject("groupnorm 2x64x64x320 silu", "groupnorm", {"x": f"{BF16}[..., 64, 64, 320]", "weight": f"{BF16}[320]",
-            "bias": f"{BF16}[320]"}, {"num_groups": 32, "activation": "silu"}, 2, backends=BOTH),
+    Subject("layernorm backward 8192x4096", "layernorm", **_norm(8192, 4096, bias=f"{BF16}[4096]"), backends=BOTH, grad=True),
+    Subject("layernorm_quant 8192x4096 fp8", "layernorm_quant",
+            **_norm(8192, 4096, bias=f"{BF16}[4096]", options={"spec": {"dtype": "fp8"}})),
+    Subject("groupnorm 2x64x64x320 silu", "groupnorm", {"x": f"{BF16}[..., 64, 64, 320]"} | _IMAGE,
+            {"num_groups": 32, "activation": "silu"}, 2, backends=BOTH),
+    Subject("groupnorm 2x8x8x320 silu", "groupnorm", {"x": f"{BF16}[..., 8, 8, 320]"} | _IMAGE,
+            {"num_groups": 32, "activation": "silu"}, 2, backends=BOTH),
+    Subject("groupnorm backward 2x64x64x320 silu", "groupnorm", {"x": f"{BF16}[..., 64, 64, 320]"} | _IMAGE,
+            {"num_groups": 32, "activation": "silu"}, 2, backends=BOTH, grad=True),
     Subject("rope 8192x(32+8)x128", "rope", {"x": [f"{BF16}[..., 32, 128]", f"{BF16}[..., 8, 128]"], **_WHERE}, {}, 8192,
             backends=BOTH),
     Subject("qk_norm_rope 8192x(32+8)x128", "qk_norm_rope", _QK, {}, 8192, backends=BOTH),
-    Subject("qk_norm_rope backward 8192x(32+8)x128", "qk_norm_rope", _QK, {}, 8192, grad=True),
+    Subject("qk_norm_rope backward 8192x(32+8)x128", "qk_norm_rope", _QK, {}, 8192, backends=BOTH, grad=True),
+    Subject("qk_norm_rope_two_stream 1x(512+3584)x24x128", "qk_norm_rope_two_stream", _TWO, {}, 1, backends=BOTH),
+    Subject("qk_norm_rope_two_stream backward 1x(512+3584)x24x128", "qk_norm_rope_two_stream", _TWO, {}, 1, backends=BOTH,
+            grad=True),
     Subject("qk_norm_rope_cache 8192x(32+8)x128 int8", "qk_norm_rope_cache", {
                 "qkv": f"{BF16}[..., {48 * 128}]", "q_weight": f"{BF16}[128]", "k_weight": f"{BF16}[128]", **_WHERE,
-                "slots": "int32[...]", "cache": {"KVCache": {"num_pages": 1024, "page_size": 16, "num_kv_heads": 8,
-                                                             "head_dim": 128, "dtype": "int8", "quant": "per_token"}}},
-            {"num_q_heads": 32, "num_kv_heads": 8}, 8192, backends=BOTH),
+                "slots": "int32[...]", "cache": _CACHE}, {"num_q_heads": 32, "num_kv_heads": 8}, 8192, backends=BOTH),
+    Subject("KVCache.gather 8192x8x128 int8", "KVCache.gather", {"cache": _CACHE, "slots": "int32[...]"}, {}, 8192,
+            backends=BOTH),
+    Subject("rmsnorm 256x65536", "rmsnorm", **_norm(256, 65536), backends=BOTH),
+    Subject("rmsnorm backward 256x65536", "rmsnorm", **_norm(256, 65536), backends=BOTH, grad=True),
+    Subject("layernorm 256x65536", "layernorm", **_norm(256, 65536, bias=f"{BF16}[65536]"), backends=BOTH),
+    Subject("layernorm backward 256x65536", "layernorm", **_norm(256, 65536, bias=f"{BF16}[65536]"), backends=BOTH, grad=True),
+    Subject("rmsnorm_quant 256x65536 fp8", "rmsnorm_quant", **_norm(256, 65536, options={"spec": {"dtype": "fp8"}}),
+            backends=BOTH),
+    Subject("allreduce_add_rmsnorm 16x8192, 4 ranks", "allreduce_add_rmsnorm", **_norm(16, 8192, True), ranks=4),
+    Subject("allreduce_add_rmsnorm 8192x8192 fp8, 4 ranks", "allreduce_add_rmsnorm",
+            **_norm(8192, 8192, True, options={"spec": {"dtype": "fp8"}}), ranks=4),
 )  # fmt: skip
 
 
@@ -99,18 +131,26 @@ def launches(subject: Subject, target: str, backend: str) -> Iterator[tuple[Prob
                 "options": subject.options,
                 "grad": subject.grad,
                 "rows": [subject.rows],
+                "ranks": subject.ranks,
             }
         ]
     )
     seen = set()
     for stage in instances.stages(call, target, compilers=False):
         wanted = stage.call.stage.endswith("_bwd") == subject.grad
-        if not wanted or backend not in stage.call.definition.plans or stage.call.stage in seen:
+        plans = {"hip": ""} if subject.ranks else stage.call.definition.plans
+        if (
+            not wanted
+            or backend not in plans
+            or stage.call.stage in seen
+            or isinstance(stage, FusedStage) != (subject.ranks > 0)
+        ):
             continue
         seen.add(stage.call.stage)  # of the gradients with all cotangents and with the first alone, the former
         stage = stage.on(backend)
+        problem = stage.problem(subject.rows)
         for launch in stage.plan(subject.rows):
-            yield stage.problem(subject.rows), launch
+            yield (families_ranks.with_buffers(problem) if subject.ranks else problem), launch
 
 
 def assembly(problem: Problem, launch: Launch, backend: str) -> str:
@@ -182,7 +222,7 @@ def measure_all(only: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for subject in SUBJECTS:
         for backend in subject.backends:
-            for target in TARGETS:
+            for target in subject.targets:
                 for i, (problem, launch) in enumerate(launches(subject, target, backend)):
                     key = f"{subject.name} | {backend} | {i}"
                     if only in key:
@@ -227,7 +267,8 @@ static counts, and times are models.
   all waves at one in four cycles a SIMD and 2.1 or 2.4 GHz, where the kernel has no loop. Microseconds; the larger of the two
   is the model's time.
 * Sizes are rows x features, bfloat16 unless said otherwise; `fp8` is fnuz on gfx942 and fn elsewhere. The second kernel of a
-  backward adds up partial sums.
+  backward adds up partial sums. Of a distributed call **memory** is what one rank holds, not what crosses the links; gfx1100 has no
+  kernel for it.
 """
 COLUMNS = ("target", "VGPR", "SGPR", "LDS", "waves", "scratch", "spills", "16 B", "narrower", "DPP", "LDS ops", "waits", "bar.",
            "conversions", "memory", "issue")  # fmt: skip

@@ -24,15 +24,14 @@ HEADER = -(-distributed_hip.HEADER_BYTES // 1024) * 1024
 TIMED_OUT = 1  # peers.h:Failure
 
 
-def few_rows(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
-    """Five rows for everyone, or three rows an owner with one too few; two blocks. The problem then has all buffers."""
-    ranks, n, spec = problem.option("ranks"), problem.features, problem.option("spec")
-    rows = 5 if problem.option("schedule") == "one-shot" else 2 * ranks + 1
-    share = -(-rows // ranks)
+def with_buffers(problem: Problem) -> Problem:
+    """The problem of a rank with the shape and dtype of every buffer that its kernel reads and writes."""
+    rows, n, spec = problem.rows, problem.features, problem.option("spec")
+    share = -(-rows // problem.option("ranks"))
     mine = rows if problem.option("gather") else share
     stream = rows if problem.option("replicated") else share
-    x, found = problem.dtype("x"), {}
-    found["x"] = (rows, n), x
+    x = problem.dtype("x")
+    found: dict[str, tuple[tuple[int, ...], str]] = {"x": ((rows, n), x)}
     if problem.has("weight"):
         found["weight"] = (n,), problem.dtype("weight")
     if problem.has("residual"):
@@ -44,9 +43,15 @@ def few_rows(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
         found["values"] = (mine, n // (2 if fp4 else 1)), "uint8" if fp4 else spec.dtype
         found["scale"] = (mine, spec.groups(n)), "uint8" if power else "float32"
     shapes, dtypes = ({k: v[i] for k, v in found.items()} for i in (0, 1))
-    small = replace(problem, rows=rows, shapes=tuple(shapes.items()), dtypes=tuple(dtypes.items()))
-    scalars = (("rows", "i32", rows), ("share", "i32", share))
-    return small, replace(launch, grid=(BLOCKS, 1, 1), scalars=scalars)
+    return replace(problem, shapes=tuple(shapes.items()), dtypes=tuple(dtypes.items()))
+
+
+def few_rows(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
+    """Five rows for everyone, or three rows an owner with one too few; two blocks."""
+    ranks = problem.option("ranks")
+    rows = 5 if problem.option("schedule") == "one-shot" else 2 * ranks + 1
+    scalars = (("rows", "i32", rows), ("share", "i32", -(-rows // ranks)))
+    return with_buffers(replace(problem, rows=rows)), replace(launch, grid=(BLOCKS, 1, 1), scalars=scalars)
 
 
 @dataclass
