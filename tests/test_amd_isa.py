@@ -77,8 +77,8 @@ def test_the_baseline_is_clean() -> None:
     for key, targets in BASE["kernels"].items():
         for target, f in targets.items():
             assert f["scratch"] == f["spills"] == 0, (key, target)
-            # What puts statistics of parts together reads few bytes.
-            assert "16" in f["loads"] or "combine" in f["kernel"], (key, target)
+            # What puts statistics of parts together reads few bytes; a shuffled page has the tokens of a value side by side.
+            assert "16" in f["loads"] or "combine" in f["kernel"] or "gather" in f["kernel"], (key, target)
 
 
 GOOD = {"scratch": 0, "spills": 0, "barriers": 1, "occupancy": 8, "loads": {"16": 4, "4": 1}, "stores": {"16": 2}}
