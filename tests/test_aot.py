@@ -80,6 +80,13 @@ def test_fp8_is_each_targets_own() -> None:
     assert names == {"gfx942": "float8_e4m3fnuz", "gfx950": "float8_e4m3fn"}
 
 
+def test_positions_of_64_bits_stay_so() -> None:
+    args = {"x": ["bfloat16[..., 4, 64]"], "positions": "int64[...]", "cos_sin": "float32[32, 64]"}
+    (call,) = spec.parse([{"op": "rope", "args": args, "backend": "hip"}])
+    (stage,) = instances.stages(call, "gfx942", compilers=False)
+    assert stage.problem(3).dtype("positions") == "int64"
+
+
 @pytest.mark.parametrize("target", ["gfx803", "gfx9999", "sm_70", "sm_90a", "cpu", ""])
 def test_a_target_that_no_kernel_is_for_is_refused(target: str) -> None:
     with pytest.raises(

@@ -62,6 +62,11 @@ class Call:
         """``rows``, and those of a rank's share."""
         return tuple(sorted({*self.rows, *(-(-r // self.ranks) for r in self.rows)})) if self.ranks else self.rows
 
+    @property
+    def x64(self) -> bool:
+        """Whether it has arrays of 64-bit numbers, which jax takes for others unless it is told."""
+        return re.search(r"\b(?:u?int|float)64\[", json.dumps(self.args)) is not None
+
     def to_json(self) -> dict[str, Any]:
         """What :func:`parse` reads."""
         out: dict[str, Any] = {"op": self.op, "args": self.args}
