@@ -52,3 +52,14 @@ def test_scenario(name):
     script = str(HERE / "distributed_host.py")
     code = f"import sys; sys.argv = [{script!r}, {str(library())!r}, {name!r}]; {run}"
     assert "SCENARIO OK" in python(code, LD_LIBRARY_PATH=str(driver()), **SCENARIOS[name])
+
+
+def test_rocm(tmp_path):
+    """The same over the recording fake of HIP, with failures injected: see distributed_rocm.py."""
+    source = HERE / "launcher" / "fake_driver.c"
+    flags = ("-Wall", "-Wextra", "-Werror", "-O1", "-fPIC", "-shared", "-Wl,-soname,libamdhip64.so.7")
+    subprocess.run(["gcc", *flags, str(source), "-o", str(tmp_path / "libamdhip64.so.7")], check=True)
+    code = "import runpy, sys; sys.argv = ['', sys.argv[1]]; runpy.run_path(%r, run_name='__main__')"
+    out = python(code % str(HERE / "distributed_rocm.py"), str(library()), LD_LIBRARY_PATH=str(tmp_path), JAXNORM_FUSED_COMM="1",
+                 XLA_FLAGS="--xla_force_host_platform_device_count=8")  # fmt: skip
+    assert "SCENARIO OK" in out

@@ -80,8 +80,10 @@ class Functions {
     void *module = nullptr, *function = nullptr;
     if (int status = driver.LoadModule(&module, image.data()))
       return driver.Describe("loading the code object", status);
-    if (int status = driver.GetFunction(&function, module, std::string(c.name).c_str()))
+    if (int status = driver.GetFunction(&function, module, std::string(c.name).c_str())) {
+      driver.UnloadModule(module);
       return driver.Describe("finding the kernel", status);
+    }
     loaded_[{driver.hip(), c.key, device, context}] = function;
     return "";
   }

@@ -79,10 +79,12 @@ class Group {
     }
     void* context = nullptr;
     int device = 0;
+    char* before = nullptr;
     if (int status = driver.Current(&device, &context)) return driver.Describe("no current device", status);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       contexts_[rank] = context;
+      before = spaces_[rank];
       if (half_bytes > wanted_) wanted_ = std::max(half_bytes, 2 * wanted_);  // what was too small is never freed
     }
     // Everything that was launched before on any of the devices has been: it ends by itself.
@@ -93,7 +95,10 @@ class Group {
     if (Problem().empty()) Note(AllocateFor(driver, rank));
     if (std::string late = Meet(rank, seconds, "prepare a call"); !late.empty()) return late;
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!problem_.empty()) return problem_;
+    if (!problem_.empty()) {  // another rank has none: nobody will ever use this one
+      if (spaces_[rank] != before) driver.Free(std::exchange(spaces_[rank], before));
+      return problem_;
+    }
     ready_ = true;
     half_bytes_ = wanted_;
     return "";
@@ -140,7 +145,10 @@ class Group {
     std::lock_guard<std::mutex> lock(mutex_);
     wanted_ = half_bytes;
     if (std::string problem = Allocate(driver, rank); !problem.empty()) return problem;
-    if (int status = driver.Export(handle, spaces_[rank])) return driver.Describe("exporting a workspace", status);
+    if (int status = driver.Export(handle, spaces_[rank])) {
+      driver.Free(std::exchange(spaces_[rank], nullptr));
+      return driver.Describe("exporting a workspace", status);
+    }
     return "";
   }
   // ... and theirs, handed to it.
@@ -148,8 +156,12 @@ class Group {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int r = 0; r < ranks(); ++r) {
       if (r == rank) continue;
-      if (int status = driver.Import(&spaces_[r], handles[r]))
-        return driver.Describe(("mapping the workspace of " + Name(r)).c_str(), status);
+      const int status = driver.Import(&spaces_[r], handles[r]);
+      if (status == 0) continue;
+      const int failed = r;
+      while (--r >= 0)
+        if (r != rank) driver.Close(std::exchange(spaces_[r], nullptr));
+      return driver.Describe(("mapping the workspace of " + Name(failed)).c_str(), status);
     }
     ready_ = true;
     half_bytes_ = wanted_;
@@ -231,14 +243,18 @@ class Group {
   // A workspace that is too small stays: a recorded graph may hold its address.
   std::string Allocate(const PeerDriver& driver, int rank) {
     const uint64_t bytes = kHeaderBytes + 2 * wanted_;
-    if (int status = driver.Allocate(&spaces_[rank], bytes))
+    char* space = nullptr;
+    if (int status = driver.Allocate(&space, bytes))
       return driver.Describe(("allocating a workspace of " + std::to_string(bytes) + " bytes on " + Name(rank) +
                               " beside XLA's pool (XLA_PYTHON_CLIENT_MEM_FRACTION)")
                                  .c_str(),
                              status);
     if (words_[rank] == nullptr)
-      if (int status = driver.AllocateWord(&words_[rank], &device_words_[rank]))
+      if (int status = driver.AllocateWord(&words_[rank], &device_words_[rank])) {
+        driver.Free(space);
         return driver.Describe("allocating a word of host memory", status);
+      }
+    spaces_[rank] = space;
     return "";
   }
 

@@ -63,8 +63,12 @@ class PeerDriver {
     void* pointer = nullptr;
     const int status = hip_ ? allocate_uncached_(&pointer, bytes, kUncached) : allocate_(&pointer, bytes);
     if (status) return status;
+    if (int failed = Zero(static_cast<char*>(pointer), bytes)) {
+      Free(static_cast<char*>(pointer));
+      return failed;
+    }
     *memory = static_cast<char*>(pointer);
-    return Zero(*memory, bytes);
+    return 0;
   }
   int Zero(char* memory, size_t bytes) const {
     const int status =
@@ -76,7 +80,10 @@ class PeerDriver {
   int AllocateWord(volatile uint32_t** host, char** device) const {
     void *pointer = nullptr, *mapped = nullptr;
     if (int status = allocate_host_(&pointer, 64, kPortableMapped)) return status;
-    if (int status = host_pointer_(&mapped, pointer, 0)) return status;
+    if (int status = host_pointer_(&mapped, pointer, 0)) {
+      free_host_(pointer);
+      return status;
+    }
     *host = static_cast<volatile uint32_t*>(pointer);
     **host = 0;
     *device = static_cast<char*>(mapped);
@@ -87,11 +94,13 @@ class PeerDriver {
   int Import(char** memory, const IpcHandle& handle) const {
     void* pointer = nullptr;
     const int status = import_(&pointer, handle, kLazyPeerAccess);
-    *memory = static_cast<char*>(pointer);
+    if (status == 0) *memory = static_cast<char*>(pointer);
     return status;
   }
+  int Close(char* memory) const { return close_(memory); }
 
   int LoadModule(void** module, const void* image) const { return load_module_(module, image); }
+  int UnloadModule(void* module) const { return unload_module_(module); }
   int GetFunction(void** function, void* module, const char* name) const {
     if (int status = get_function_(function, module, name)) return status;
     // A driver that loads code at the first launch would do it while another device of the group already waits.
@@ -142,9 +151,12 @@ class PeerDriver {
     Find(library, hip ? "hipDeviceCanAccessPeer" : "cuDeviceCanAccessPeer", &can_access_);
     Find(library, hip ? "hipFree" : "cuMemFree_v2", &free_);
     Find(library, hip ? "hipHostMalloc" : "cuMemHostAlloc", &allocate_host_);
+    Find(library, hip ? "hipHostFree" : "cuMemFreeHost", &free_host_);
     Find(library, hip ? "hipHostGetDevicePointer" : "cuMemHostGetDevicePointer_v2", &host_pointer_);
     Find(library, hip ? "hipIpcGetMemHandle" : "cuIpcGetMemHandle", &export_);
     Find(library, hip ? "hipIpcOpenMemHandle" : "cuIpcOpenMemHandle_v2", &import_);
+    Find(library, hip ? "hipIpcCloseMemHandle" : "cuIpcCloseMemHandle", &close_);
+    Find(library, hip ? "hipModuleUnload" : "cuModuleUnload", &unload_module_);
     Find(library, hip ? "hipModuleLoadData" : "cuModuleLoadData", &load_module_);
     Find(library, hip ? "hipModuleGetFunction" : "cuModuleGetFunction", &get_function_);
     Find(library, hip ? "hipModuleLaunchKernel" : "cuLaunchKernel", &launch_);
@@ -193,6 +205,9 @@ class PeerDriver {
   int (*memset_hip_)(void*, int, size_t) = nullptr;
   int (*free_)(void*) = nullptr;
   int (*allocate_host_)(void**, size_t, unsigned) = nullptr;
+  int (*free_host_)(void*) = nullptr;
+  int (*close_)(void*) = nullptr;
+  int (*unload_module_)(void*) = nullptr;
   int (*host_pointer_)(void**, void*, unsigned) = nullptr;
   int (*export_)(IpcHandle*, void*) = nullptr;
   int (*import_)(void**, IpcHandle, unsigned) = nullptr;

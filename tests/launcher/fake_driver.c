@@ -1,10 +1,11 @@
 /* Stands in for libamdhip64.so.7, or with -DFAKE_CUDA for libcuda.so.1, on a machine without a GPU. It records what the
-   launcher (and tools/run_case.py) asks for, refuses what a driver would refuse or what fake_fail says, and carries out
-   made-up kernels on host memory:
-     copy(src, dst, i32 bytes)   overrun: writes a byte more   meddle: changes src, too
-     wire(src, null, i32, i64, f32, dst; scratch, scratch)  writes to dst, as int32: src[0], whether the second
-   parameter is null, the i32, both halves of the i64, the bits of the f32, whether each scratch pointer is null fail
-   the launch is an error The current device belongs to a thread, as in the real drivers. */
+   launcher, the fused distributed calls and tools/run_case.py ask for, refuses what a driver would refuse or what
+   fake_fail says, and carries out made-up kernels on host memory: copy(src, dst, i32 bytes)   overrun: writes a byte
+   more   meddle: changes src, too wire(src, null, i32, i64, f32, dst; scratch, scratch)  writes to dst, as int32:
+   src[0], whether the second parameter is null, the i32, both halves of the i64, the bits of the f32, whether each
+   scratch pointer is null fail the launch is an error The current device belongs to a thread, as in the real drivers.
+ */
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -41,6 +42,7 @@ static atomic_int modules, buffers; /* alive, of tools/run_case.py: the launcher
 static int devices = 1;
 static char failing[32];
 static int fail_status;
+static atomic_int spared;
 static _Thread_local int device;
 static int last[8];
 
@@ -49,13 +51,16 @@ void fake_counts(int* out) { out[0] = loads, out[1] = lookups, out[2] = raises, 
 void fake_last(int* out) { memcpy(out, last, sizeof last); }
 void fake_alive(int* out) { out[0] = modules, out[1] = buffers; }
 void fake_set_devices(int n) { devices = n; }
-/* The next call of this kind (load, function, attribute, device, launch, allocate, copy, wait) returns the status. */
+/* The next call of this kind (load, function, attribute, device, launch, allocate, copy, wait; of workspaces: space,
+   clear, word, mapword, export, import) returns the status. */
 void fake_fail(const char* call, int status) {
   snprintf(failing, sizeof failing, "%s", call);
   fail_status = status;
+  spared = 0;
 }
+void fake_spare(int calls) { spared = calls; } /* so many of them succeed before */
 static int injected(const char* call) {
-  if (strcmp(call, failing)) return 0;
+  if (strcmp(call, failing) || spared-- > 0) return 0;
   failing[0] = 0;
   return fail_status;
 }
@@ -157,6 +162,76 @@ int NAME(cuDeviceGetCount, hipGetDeviceCount)(int* count) {
   return devices ? 0 : kNoDevice;
 }
 
+/* Workspaces of several devices, HIP's: what is alive of device memory, host memory and mappings, and every call. */
+#ifndef FAKE_CUDA
+static pthread_mutex_t noting = PTHREAD_MUTEX_INITIALIZER;
+static char notes[1 << 14];
+static atomic_int words, mappings;
+void fake_peers_alive(int* out) { out[0] = buffers, out[1] = words, out[2] = mappings, out[3] = modules; }
+const char* fake_notes(void) { return notes; }
+void fake_forget(void) { notes[0] = 0; }
+static void note(const char* call, long long a, long long b) {
+  pthread_mutex_lock(&noting);
+  const size_t used = strlen(notes);
+  snprintf(notes + used, sizeof notes - used, "%d %s %lld %lld\n", device, call, a, b);
+  pthread_mutex_unlock(&noting);
+}
+int hipDeviceCanAccessPeer(int* can, int a, int b) { return *can = a != b, 0; }
+int hipDeviceEnablePeerAccess(int peer, unsigned flags) {
+  note("hipDeviceEnablePeerAccess", peer, flags);
+  return 704; /* already enabled */
+}
+int hipExtMallocWithFlags(void** pointer, size_t size, unsigned flags) {
+  note("hipExtMallocWithFlags", (long long)size, flags);
+  FAIL_IF_ASKED("space");
+  ++buffers;
+  *pointer = malloc(size);
+  return 0;
+}
+int hipMemset(void* pointer, int value, size_t size) {
+  note("hipMemset", value, (long long)size);
+  FAIL_IF_ASKED("clear");
+  memset(pointer, value, size);
+  return 0;
+}
+int hipHostMalloc(void** pointer, size_t size, unsigned flags) {
+  note("hipHostMalloc", (long long)size, flags);
+  FAIL_IF_ASKED("word");
+  ++words;
+  *pointer = malloc(size);
+  return 0;
+}
+int hipHostFree(void* pointer) {
+  --words;
+  free(pointer);
+  return 0;
+}
+int hipHostGetDevicePointer(void** mapped, void* pointer, unsigned flags) {
+  FAIL_IF_ASKED("mapword");
+  *mapped = pointer;
+  return (int)flags;
+}
+typedef struct {
+  char bytes[64];
+} Handle;
+int hipIpcGetMemHandle(Handle* handle, void* pointer) {
+  FAIL_IF_ASKED("export");
+  memcpy(handle->bytes, &pointer, sizeof pointer);
+  return 0;
+}
+int hipIpcOpenMemHandle(void** pointer, Handle handle, unsigned flags) {
+  note("hipIpcOpenMemHandle", flags, 0);
+  FAIL_IF_ASKED("import");
+  ++mappings;
+  memcpy(pointer, handle.bytes, sizeof *pointer);
+  return 0;
+}
+int hipIpcCloseMemHandle(void* pointer) {
+  --mappings;
+  return pointer == NULL;
+}
+#endif
+
 #ifdef FAKE_CUDA
 int cuInit(unsigned flags) { return flags != 0; }
 int cuDeviceGet(int* handle, int ordinal) {
@@ -211,7 +286,10 @@ int cuGetErrorString(int status, const char** text) {
   return 0;
 }
 #else
-int hipSetDevice(int d) { return d != 0; }
+int hipSetDevice(int d) {
+  device = d;
+  return d < 8 ? 0 : 101;
+}
 int hipGetDevicePropertiesR0600(char* properties, int d) {
   strcpy(properties + 1160, "gfx942:sramecc+:xnack-");
   return d;

@@ -43,6 +43,9 @@ FAKE cuMemFree_v2(void* p) { return free(p), 0; }
 FAKE cuMemsetD8_v2(void* p, unsigned char v, size_t n) { return memset(p, v, n), 0; }
 FAKE cuMemHostAlloc(void** out, size_t bytes, unsigned) { return *out = aligned_alloc(64, bytes), 0; }
 FAKE cuMemHostGetDevicePointer_v2(void** out, void* p, unsigned) { return *out = p, 0; }
+FAKE cuMemFreeHost(void* p) { return free(p), 0; }
+FAKE cuIpcCloseMemHandle(void*) { return 0; }
+FAKE cuModuleUnload(void*) { return 0; }
 struct FakeHandle {
   char bytes[64];
 };
