@@ -2,15 +2,21 @@
 // (kernels/configs/layernorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile.
 // Matrices are dense, row-major. mean and shift are the two parts of a row's mean (norms.h).
 #include "jaxnorm/norms.h"
-#include "jaxnorm/rows.h"
+#include "jaxnorm/rows_ahead.h"
 #include "jaxnorm/rows_bwd.h"
+
+#if JN_DEPTH > 0
+#define JN_FORWARD(Shape) jaxnorm::forward_rows_ahead<Shape, JN_DEPTH, JN_BLOCKS>
+#else
+#define JN_FORWARD(Shape) jaxnorm::forward_rows<Shape>
+#endif
 
 #if defined(JN_ENTRY_layernorm_fwd)
 // a = x + x_bias + residual; y = cast((a - mean) * rstd * (weight + offset) + bias)
 //   x [rows, N]; residual [rows, N] or null; x_bias, weight, bias [N] or null
 //   y [rows, P], columns from N on are zero; residual_out [rows, N] (may be residual's buffer) or null; mean, shift,
 //   rstd [rows] or null
-// A group of JN_LANES threads owns JN_UNROLL rows.
+// A group of JN_LANES threads owns JN_UNROLL rows, or walks over them, JN_DEPTH rows ahead.
 JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
     layernorm_fwd(const char* x, const char* x_bias, const char* residual, const char* weight, const char* bias,
                   unsigned long long rows, char* y, char* residual_out, float* mean, float* shift, float* rstd) {
@@ -22,14 +28,14 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, x_bias, residual, residual_out,
                                                                                 JN_N};
 #else
-  const PlainSource<JN_X, JN_V> source{x, JN_N};
+  const PlainSource<JN_X, JN_V, JN_UNPACKED> source{x, JN_N};
 #endif
 #if JN_HAS_RSTD
   const LayerNorm<JN_N> norm{JN_EPS, mean, shift, rstd};
 #else
   const LayerNorm<JN_N> norm{JN_EPS};
 #endif
-  forward_rows<Shape>(source, norm, Epilogue{weight, y, JN_OFFSET, bias}, rows);
+  JN_FORWARD(Shape)(source, norm, Epilogue{weight, y, JN_OFFSET, bias}, rows);
 }
 #endif
 

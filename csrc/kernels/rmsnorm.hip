@@ -2,15 +2,21 @@
 // (kernels/configs/rmsnorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Matrices
 // are dense, row-major.
 #include "jaxnorm/norms.h"
-#include "jaxnorm/rows.h"
+#include "jaxnorm/rows_ahead.h"
 #include "jaxnorm/rows_bwd.h"
+
+#if JN_DEPTH > 0
+#define JN_FORWARD(Shape) jaxnorm::forward_rows_ahead<Shape, JN_DEPTH, JN_BLOCKS>
+#else
+#define JN_FORWARD(Shape) jaxnorm::forward_rows<Shape>
+#endif
 
 #if defined(JN_ENTRY_rmsnorm_fwd)
 // y = cast(n * rsqrt(mean(n^2) + eps) * (weight + offset)), n = x or x + residual
 //   x [rows, N]; residual [rows, N] or null; weight [N] or null
 //   y [rows, P], columns from N on are zero; residual_out [rows, N] (may be residual's buffer) or null; rstd [rows] or
 //   null
-// A group of JN_LANES threads owns JN_UNROLL rows.
+// A group of JN_LANES threads owns JN_UNROLL rows, or walks over them, JN_DEPTH rows ahead.
 JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
     rmsnorm_fwd(const char* x, const char* residual, const char* weight, unsigned long long rows, char* y,
                 char* residual_out, float* rstd) {
@@ -20,10 +26,9 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #if JN_HAS_RESIDUAL
   const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, nullptr, residual, residual_out, JN_N};
 #else
-  const PlainSource<JN_X, JN_V> source{x, JN_N};
+  const PlainSource<JN_X, JN_V, JN_UNPACKED> source{x, JN_N};
 #endif
-  forward_rows<Shape>(source, RmsNorm<JN_N>{JN_EPS, JN_HAS_RSTD ? rstd : nullptr}, Epilogue{weight, y, JN_OFFSET},
-                      rows);
+  JN_FORWARD(Shape)(source, RmsNorm<JN_N>{JN_EPS, JN_HAS_RSTD ? rstd : nullptr}, Epilogue{weight, y, JN_OFFSET}, rows);
 }
 #endif
 

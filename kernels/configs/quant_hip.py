@@ -8,7 +8,7 @@ follow from registers and threads, like those of ``rmsnorm_hip``; for AMD target
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
 from ._hip import (
@@ -29,7 +29,7 @@ from ._hip import (
     _sum_bytes,
     _type,
 )
-from .rmsnorm_hip import Forward, _bias_constants
+from .rmsnorm_hip import Ahead, Forward, _bias_constants
 
 SOURCE = "quant.hip"
 OPERANDS = {
@@ -49,14 +49,6 @@ EXPONENTS = {"up": "kUp", "down": "kDown", "even": "kEven"}
 LAYOUTS = {"row": "kRow", "column": "kColumn", "shuffled": "kShuffled"}
 SMALLEST_GROUP = 16
 FLOATS = ("x", "x_bias", "residual", "weight", "bias", "smooth_scale", "y", "residual_out")
-
-
-@dataclass(frozen=True)
-class Ahead(Forward):
-    """``blocks`` blocks walk over the rows, the next ``depth`` rows of each on their way to shared memory meanwhile."""
-
-    depth: int = 2
-    blocks: int = 1
 
 
 def plan(problem: Problem) -> tuple[Launch, ...]:

@@ -55,6 +55,16 @@ class Forward:
     """Fetch the weights together with the row."""
 
 
+@dataclass(frozen=True)
+class Ahead(Forward):
+    """``blocks`` blocks walk over the rows, the next ``depth`` rows of each on their way to shared memory meanwhile."""
+
+    depth: int = 2
+    blocks: int = 1
+    unpacked: bool = False
+    """A row without a residual waits as float32 between its passes."""
+
+
 def plan(problem: Problem) -> tuple[Launch, ...]:
     """The launches that compute ``problem``.
 
@@ -209,9 +219,46 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     return max(fitting, default=1)
 
 
+def _ahead(problem: Problem, each: int, depth: int, early: bool, most: int = 8, unpacked: bool = True) -> Ahead | None:
+    """Blocks that walk, ``each`` chunks a thread; None where two rows of every block would not be worth it or find no room."""
+    wave, v = wave_size(problem.target), vector(problem)
+    chunks = problem.features // v
+    narrow = v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4
+    lanes = _round_up(_ceil(chunks, each), wave)
+    if not _nvidia(problem) or narrow or chunks <= wave or lanes > MAX_THREADS:
+        return None
+    per, groups = _ceil(chunks, lanes), max(1, 128 // lanes) if lanes == wave else 1
+    threads = lanes * groups
+    factors = per * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
+    held = max(_held_words(problem, v), v * unpacked)
+    need = per * held + factors * early + (32 if unpacked else 48) + 8 * (_family(problem) == "layernorm")
+    turns = 2 if _buffers(problem) == 1 else 1
+    bytes_ = turns * _buffers(problem) * _sum_bytes(chunks, lanes, wave) + depth * per * threads * _chunk_bytes(problem)
+    fitting = [
+        b for b in range(1, min(most, 2048 // threads) + 1)
+        if _registers(threads, b) >= need and b * (bytes_ + 1024) <= shared_memory(problem.target)
+    ]  # fmt: skip
+    blocks = max(fitting, default=0)
+    grid = blocks * compute_units(problem.target)
+    if not blocks or problem.rows < 2 * groups * grid:
+        return None
+    return Ahead(lanes, groups, regs=per, min_blocks=blocks, early=early, depth=depth, blocks=grid, unpacked=unpacked)
+
+
+def _ahead_candidates(problem: Problem) -> Iterator[Forward]:
+    for each in (1, 2, 3, 4, 6, 8):
+        for early in (False, True):
+            for depth in (1, 2, 3):
+                for most in (8, 4, 2, 1):
+                    c = _ahead(problem, each, depth, early, most)
+                    if c and c.regs == each:
+                        yield c
+
+
 def _forward_candidates(problem: Problem) -> Iterator[Forward]:
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _held_words(problem, v)
+    yield from _ahead_candidates(problem)
     if chunks <= wave:
         lanes = next_power_of_2(chunks)
         while lanes >= 4:
@@ -245,6 +292,9 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
     wave, v, family = wave_size(problem.target), vector(problem), _family(problem)
     chunks = problem.features // v
     residual, offset = problem.has("residual"), float(problem.option("weight_offset"))
+    depth, walking = (c.depth, c.blocks) if isinstance(c, Ahead) else (0, 0)
+    turns = 2 if depth and _buffers(problem) == 1 else 1
+    waiting = (c.shared * c.lanes + depth * c.regs * c.lanes * c.groups) * _chunk_bytes(problem)
     constants: Constants = (
         ("JN_N", problem.features),
         ("JN_P", _width(problem, "y")),
@@ -256,6 +306,9 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         ("JN_SHARED", c.shared),
         ("JN_MIN_BLOCKS", c.min_blocks),
         ("JN_EARLY", c.early),
+        ("JN_DEPTH", depth),
+        ("JN_BLOCKS", walking),
+        ("JN_UNPACKED", isinstance(c, Ahead) and c.unpacked),
         ("JN_X", _type(problem, "x")),
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),
@@ -272,11 +325,11 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         kernel=f"{family}.hip:{family}_fwd",
         inputs=("x", "x_bias", "residual", "weight", "bias") if family == "layernorm" else ("x", "residual", "weight"),
         outputs=("y", "residual_out", *STATS[family]),
-        grid=_grid(_ceil(problem.rows, c.groups * c.unroll)),
+        grid=(walking, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll)),
         constants=constants + _stream(problem, "y", "residual_out"),
         scalars=(("rows", "i64", problem.rows),),
         threads=c.lanes * c.groups,
-        shared=_buffers(problem) * _sum_bytes(chunks, c.lanes, wave) + c.shared * _chunk_bytes(problem) * c.lanes,
+        shared=turns * _buffers(problem) * _sum_bytes(chunks, c.lanes, wave) + waiting,
     )
 
 

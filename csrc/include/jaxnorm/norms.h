@@ -4,8 +4,9 @@
 
 namespace jaxnorm {
 
-// BUFFERS: row sums that need shared memory of their own. SCALES: the map is a multiplication with state.rstd, and
-// statistics() runs `meanwhile` between the writing and the reading of its sum, so that one barrier serves both.
+// BUFFERS: row sums that need shared memory of their own. statistics() runs `meanwhile` once all of the row came by,
+// before the barrier of its first sum. SCALES: the map is a multiplication with state.rstd, and that sum is the only
+// one, so that the barrier can serve both.
 // save: what the backward wants, of a row; null = nothing.
 
 // n * rsqrt(mean(n * n) + eps)
@@ -45,9 +46,12 @@ template <int N> struct LayerNorm {
     float mean, shift, rstd, moved;
   };
   template <class R> JN_DEV State statistics(R& row, float* sums) const {
+    return statistics(row, sums, [] {});
+  }
+  template <class R, class Meanwhile> JN_DEV State statistics(R& row, float* sums, Meanwhile meanwhile) const {
     constexpr float each = 1.f / float(N);
     float sum[1], two[2];
-    row.template pass<true>([](float n, float (&acc)[1]) { acc[0] += n; }, sums, sum);
+    row.template pass<true>([](float n, float (&acc)[1]) { acc[0] += n; }, sums, sum, meanwhile);
     const float mean = sum[0] * each;
     row.template pass<false>(
         [mean](float n, float (&acc)[2]) {
