@@ -134,7 +134,8 @@ def on_targets(listed: list[Case]) -> list[Case]:
 def forced(case: Case, **changes) -> tuple[Launch, ...]:
     """A forward plan with other storage than the ladder would choose."""
     p = case.forward()
-    return (rmsnorm_hip._forward_launch(p, rmsnorm_hip.Forward(**changes)),)
+    kind = rmsnorm_hip.Ahead if "depth" in changes else rmsnorm_hip.Forward
+    return (rmsnorm_hip._forward_launch(p, kind(**changes)),)
 
 
 # One row through every tier and thread count: all must give the same bits.
@@ -163,6 +164,13 @@ SHORT_SHAPES = [
     {"lanes": 8, "groups": 16, "unroll": 4, "regs": 2, "early": True},
 ]
 TIER_CASES = [(replace(TIERS, target=t), s) for t, w in zip(TARGETS, (32, 64), strict=True) for s in TIER_SHAPES[w]]
+# Blocks that walk, one to three rows ahead, over more rows than blocks and fewer: the bits of the plan.
+AHEAD = Case(1000, rows=11, pad=256, options=GEMMA)
+AHEAD_SHAPES = [{"depth": d, "blocks": b, "early": d == 2} for d, b in ((1, 2), (2, 3), (3, 16))]
+AHEAD_CASES = [
+    (replace(AHEAD, target=t, residual=r), {"lanes": n, "regs": -(-125 // n), **s})
+    for t, n in zip(TARGETS, (64, 128), strict=True) for r in (None, BF16) for s in AHEAD_SHAPES
+]  # fmt: skip
 SHORT_CASES = [(replace(SHORT, target=t), s) for t in TARGETS for s in SHORT_SHAPES]
 
 # The backward pass with each way of walking the rows.
@@ -185,7 +193,8 @@ def kernels() -> simt_build.Kernels:
     needs.need("gxx", not (why := simt_build.missing()), why)
     plans = [(c.target, rmsnorm_hip.plan(c.forward())) for c in on_targets(FORWARD)]
     plans += [(c.target, rmsnorm_hip.plan(c.backward())) for c in on_targets(BACKWARD)]
-    plans += [(c.target, forced(c, **s)) for c, s in TIER_CASES + SHORT_CASES]
+    plans += [(c.target, forced(c, **s)) for c, s in TIER_CASES + SHORT_CASES + AHEAD_CASES]
+    plans += [(c.target, rmsnorm_hip.plan(c.forward())) for c, _ in AHEAD_CASES]
     plans += [(p.target, plan) for p, plan in walks()]
     return simt_build.Kernels(plans)
 
@@ -249,6 +258,15 @@ def test_every_plan_has_the_same_bits(kernels, target: str, group: str, shapes: 
     for (_, shape), other in zip(shapes[1:], results[1:], strict=True):
         for name, value in results[0].items():
             tolerances.assert_same_bits(other[name], value, f"{name} of {shape}")
+
+
+@pytest.mark.parametrize(("case", "shape"), AHEAD_CASES, ids=str)
+def test_rows_ahead(kernels, case: Case, shape: dict) -> None:
+    want = run_forward(kernels, case)
+    tolerances.assert_y(want["y"], case.expected(*case.arrays()), "output")
+    out = run_forward(kernels, case, forced(case, **shape), "shuffled")
+    for name, value in want.items():
+        tolerances.assert_same_bits(out[name], value, name)
 
 
 def test_walks_have_the_same_dx(kernels) -> None:

@@ -28,7 +28,7 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, x_bias, residual, residual_out,
                                                                                 JN_N};
 #else
-  const PlainSource<JN_X, JN_V, JN_UNPACKED> source{x, JN_N};
+  const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
 #if JN_HAS_RSTD
   const LayerNorm<JN_N> norm{JN_EPS, mean, shift, rstd};

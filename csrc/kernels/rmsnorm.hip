@@ -26,7 +26,7 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #if JN_HAS_RESIDUAL
   const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, nullptr, residual, residual_out, JN_N};
 #else
-  const PlainSource<JN_X, JN_V, JN_UNPACKED> source{x, JN_N};
+  const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
   JN_FORWARD(Shape)(source, RmsNorm<JN_N>{JN_EPS, JN_HAS_RSTD ? rstd : nullptr}, Epilogue{weight, y, JN_OFFSET}, rows);
 }

@@ -61,8 +61,6 @@ class Ahead(Forward):
 
     depth: int = 2
     blocks: int = 1
-    unpacked: bool = False
-    """A row without a residual waits as float32 between its passes."""
 
 
 def plan(problem: Problem) -> tuple[Launch, ...]:
@@ -118,6 +116,8 @@ def _forward(problem: Problem) -> Forward:
             unroll //= 2
         groups = max(1, 128 // lanes)
         return Forward(lanes, groups, 1 if unroll == 3 else unroll, regs=1, early=True)
+    if walking := _walking(problem):
+        return walking
     lanes = _row_lanes(problem, chunks, words, wave)
     if lanes <= wave:
         per, groups = _ceil(chunks, wave), 128 // wave
@@ -137,9 +137,10 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     chunks, which is fewer instructions one after the other, up to 512 (*H200*: 1x4096 1.74 us against 2.05 with 128).
     """
     # LayerNorm exchanges twice a row, so there fewer threads hold more of it: *H200*, 8192x4096 four chunks a thread 1.07, two
-    # 1.14; 131072x1024, where four would leave one wave, 1.07 and 1.04.
-    more = _family(problem) == "layernorm" and _nvidia(problem) and words <= 4 and chunks > 4 * wave
-    held = 16 if more else 8
+    # 1.14; 131072x1024, where four would leave one wave, 1.07 and 1.04; 8192x8192 eight 1.095, four 1.14; with a residual 8192x4096
+    # two 1.037, one 1.09.
+    more = _family(problem) == "layernorm" and _nvidia(problem) and chunks > 4 * wave
+    held = (32 if chunks >= 1024 and words <= 4 else 16) if more else 8
     lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, held // words)), wave)))
     if lanes == 512 and chunks > 512 * _room(problem, blocks=2):
         lanes = MAX_THREADS  # half a unit's registers and shared memory do not hold the row; a whole one's might
@@ -149,6 +150,8 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     if _nvidia(problem) and chunks >= (MAX_THREADS if few else MAX_THREADS + 1) and thirds <= MAX_THREADS:
         # *H200*, three chunks a thread: 16x8192 2.06 us, 2.14 with 512 threads of two; 16x16384 2.69, 2.88 with 1024; 8192x16384
         # 1.032 of a copy, 1.069 with 512 threads of four. With a residual 16x16384 3.17 us, 3.23 with 1024; 8192x16384 no gain.
+        if more and not few and not problem.has("residual"):
+            return lanes  # 8192x16384: 1.089 of a copy with eight, 1.78 with three
         if not few and problem.rows <= 16 * compute_units(problem.target) and not problem.has("residual"):
             return 256  # 1024x16384: 1.10 of a copy with eight chunks a thread, 1.15 with three
         if few or not problem.has("residual"):
@@ -193,7 +196,8 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     # 2.83. With rows in plenty it makes no difference (8192x8192 1.047 both), so there only where the registers cost nothing.
     weight_words = regs * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
     few = problem.rows * c.lanes <= 8 * compute_units(problem.target) * 1024 and not shared
-    early = weight_words <= (32 if few else 8)
+    sums = _family(problem) == "layernorm" and problem.has("residual") and _nvidia(problem)
+    early = weight_words <= (32 if few else 16 if sums else 8)  # *H200*, 8192x4096 with a residual 1.037, late 1.048
     blocks = _min_blocks(problem, c.lanes, regs, weight_words * early)
     return replace(c, regs=regs, shared=shared, early=early, min_blocks=blocks)
 
@@ -211,48 +215,72 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     plain = all(d == "bfloat16" for n, d in problem.dtypes if n not in STATS["layernorm"])
     need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
     if _family(problem) == "layernorm":  # two more scalars of the row, and the bias beside the weight
-        need += 8 + (
-            early_words - 8 if early_words > 8 else 0
-        )  # *H200*, 8192x4096: seven blocks of 128 1.072, six 1.117
+        # *H200*, 8192x4096: seven blocks of 128 1.072, six 1.117; with a residual five blocks of 256 hold them all the same, 1.037
+        need += 8 + (early_words - 8 if early_words > 8 and not problem.has("residual") else 0)
     most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
     fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 
 
-def _ahead(problem: Problem, each: int, depth: int, early: bool, most: int = 8, unpacked: bool = True) -> Ahead | None:
-    """Blocks that walk, ``each`` chunks a thread; None where two rows of every block would not be worth it or find no room."""
+def _walking(problem: Problem) -> Ahead | None:
+    """Blocks that walk, for long rows that are a few waves of blocks: where every block reads, sums and writes at the same time as
+    all others, the memory idles in between. With many rows blocks that come and go overlap by themselves (*H200*, 8192x4096 RMSNorm
+    1.033 of a copy, walking 1.056). Measured for 1024 rows of 16 and 32 KB; for the bits it makes no difference where it ends.
+
+    *H200*, ratio to a copy, walking and not: RMSNorm 1024x8192 1.032 and 1.107, with a residual 1.034 and 1.072; 1024x16384 1.047
+    and 1.096, with a residual 1.049 and 1.063. LayerNorm 1024x8192 1.10 and 1.18, with a residual 1.09 and 1.12; 1024x16384 1.18
+    and 1.28, with a residual 1.09 and 1.15.
+    """
+    chunks, units = problem.features // vector(problem), compute_units(problem.target)
+    if not 7 * units <= problem.rows <= 16 * units or not 1024 <= chunks <= 2048 or problem.has("x_bias"):
+        return None
+    light = _family(problem) == "rmsnorm" and not problem.has("residual")
+    if chunks <= 1024:
+        return _ahead(problem, _ceil(chunks, 512 if light else 256), depth=1, blocks=2, early=True)
+    if light:
+        return _ahead(problem, _ceil(chunks, 256), depth=2, blocks=2, early=True)
+    # One block of 512 with its weights in registers; the sum of two that is exchanged once a row has time for a third row.
+    return _ahead(problem, _ceil(chunks, 512), depth=3 if _buffers(problem) == 1 else 2, blocks=1, early=True)
+
+
+def _ahead(problem: Problem, each: int, depth: int, blocks: int, early: bool) -> Ahead | None:
+    """``blocks`` walking blocks a unit, ``each`` chunks a thread; None where they find no room or less than two rows each."""
     wave, v = wave_size(problem.target), vector(problem)
     chunks = problem.features // v
     narrow = v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4
-    lanes = _round_up(_ceil(chunks, each), wave)
-    if not _nvidia(problem) or narrow or chunks <= wave or lanes > MAX_THREADS:
+    lanes, grid = _round_up(_ceil(chunks, each), wave), blocks * compute_units(problem.target)
+    if not _nvidia(problem) or narrow or not wave < lanes <= MAX_THREADS or problem.rows < 2 * grid:
         return None
-    per, groups = _ceil(chunks, lanes), max(1, 128 // lanes) if lanes == wave else 1
-    threads = lanes * groups
+    per = _ceil(chunks, lanes)
     factors = per * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
-    held = max(_held_words(problem, v), v * unpacked)
-    need = per * held + factors * early + (32 if unpacked else 48) + 8 * (_family(problem) == "layernorm")
-    turns = 2 if _buffers(problem) == 1 else 1
-    bytes_ = turns * _buffers(problem) * _sum_bytes(chunks, lanes, wave) + depth * per * threads * _chunk_bytes(problem)
-    fitting = [
-        b for b in range(1, min(most, 2048 // threads) + 1)
-        if _registers(threads, b) >= need and b * (bytes_ + 1024) <= shared_memory(problem.target)
-    ]  # fmt: skip
-    blocks = max(fitting, default=0)
-    grid = blocks * compute_units(problem.target)
-    if not blocks or problem.rows < 2 * groups * grid:
+    # raw bits are unpacked for each use, which takes 16 more than the float32 of a sum
+    need = per * _held_words(problem, v) + factors * early + (32 if problem.has("residual") else 48)
+    need += 8 * (_family(problem) == "layernorm")
+    shared = _turns(problem) * _buffers(problem) * _sum_bytes(chunks, lanes, wave) + depth * per * lanes * _chunk_bytes(
+        problem
+    )
+    if (
+        blocks * lanes > 2048
+        or _registers(lanes, blocks) < need
+        or blocks * (shared + 1024) > shared_memory(problem.target)
+    ):
         return None
-    return Ahead(lanes, groups, regs=per, min_blocks=blocks, early=early, depth=depth, blocks=grid, unpacked=unpacked)
+    return Ahead(lanes, regs=per, min_blocks=blocks, early=early, depth=depth, blocks=grid)
+
+
+def _turns(problem: Problem) -> int:
+    """rows_ahead.h: buffers that a walking block's sums take in turn."""
+    return 2 if _buffers(problem) == 1 else 1
 
 
 def _ahead_candidates(problem: Problem) -> Iterator[Forward]:
-    for each in (1, 2, 3, 4, 6, 8):
-        for early in (False, True):
-            for depth in (1, 2, 3):
-                for most in (8, 4, 2, 1):
-                    c = _ahead(problem, each, depth, early, most)
-                    if c and c.regs == each:
-                        yield c
+    if problem.features // vector(problem) < 512 or problem.rows > 32 * compute_units(problem.target):
+        return
+    for each in (2, 4, 8):
+        for depth, blocks in ((1, 2), (2, 2), (1, 3), (2, 1), (3, 1)):
+            found = _ahead(problem, each, depth, blocks, early=True)
+            if found and found.regs == each:
+                yield found
 
 
 def _forward_candidates(problem: Problem) -> Iterator[Forward]:
@@ -293,7 +321,7 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
     chunks = problem.features // v
     residual, offset = problem.has("residual"), float(problem.option("weight_offset"))
     depth, walking = (c.depth, c.blocks) if isinstance(c, Ahead) else (0, 0)
-    turns = 2 if depth and _buffers(problem) == 1 else 1
+    turns = _turns(problem) if depth else 1
     waiting = (c.shared * c.lanes + depth * c.regs * c.lanes * c.groups) * _chunk_bytes(problem)
     constants: Constants = (
         ("JN_N", problem.features),
@@ -308,7 +336,6 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         ("JN_EARLY", c.early),
         ("JN_DEPTH", depth),
         ("JN_BLOCKS", walking),
-        ("JN_UNPACKED", isinstance(c, Ahead) and c.unpacked),
         ("JN_X", _type(problem, "x")),
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),

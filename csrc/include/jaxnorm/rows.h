@@ -31,18 +31,12 @@ template <int N_, int V_, int LANES_, int GROUPS_, int UNROLL_, int REGS_, int S
 // ------------------------------------------------------------------------------------------------------------ Raw: a
 // chunk as loaded. Kept: what a register slot holds until the second use.
 
-// A sum or an unpacked chunk that waits.
-template <int V> struct Exact {
-  float f[V];
-};
-
-// UNPACKED: a chunk waits as float32, which takes the registers of two of bfloat16 and saves unpacking it for each use.
-template <class X, int V, bool UNPACKED = false> struct PlainSource {
+template <class X, int V> struct PlainSource {
   static constexpr bool BIASED = false;
   struct Raw {
     Chunk<X, V> x;
   };
-  using Kept = typename Select<UNPACKED, Exact<V>, Raw>::Type;
+  using Kept = Raw;
   using XType = X;
   const char* x;
   int n;
@@ -51,21 +45,8 @@ template <class X, int V, bool UNPACKED = false> struct PlainSource {
     return Raw{load_chunk<X, V, true>(x + start * X::size + offset * X::size)};
   }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const { widen<X, V>(raw.x, f); }
-  JN_DEV void kept_values(const Raw& kept, float (&f)[V]) const { widen<X, V, true>(kept.x, f); }
-  JN_DEV void kept_values(const Exact<V>& kept, float (&f)[V]) const {
-#pragma unroll
-    for (int i = 0; i < V; ++i) f[i] = kept.f[i];
-  }
-  JN_DEV Kept keep(const Raw& raw, const float (&f)[V]) const {
-    if constexpr (UNPACKED) {
-      Kept kept;
-#pragma unroll
-      for (int i = 0; i < V; ++i) kept.f[i] = f[i];
-      return kept;
-    } else {
-      return raw;
-    }
-  }
+  JN_DEV void kept_values(const Kept& kept, float (&f)[V]) const { widen<X, V, true>(kept.x, f); }
+  JN_DEV Kept keep(const Raw& raw, const float (&)[V]) const { return raw; }
   JN_DEV void settle(const float (&)[V], u64, int) const {}
 
   template <int THREADS> struct Stashed {
@@ -104,12 +85,15 @@ template <class X, class B, class R, int V, bool ROUND> struct SumSource {
   struct Raw : BiasBits, ResidualBits {
     Chunk<X, V> x;
   };
+  struct Exact {
+    float f[V];
+  };
   // float32 s is its own rounding; else keep the rounded bits only where nothing more is needed
   static constexpr bool added = R::size > 0, narrow_kept = added && (ROUND || R::size == 4);
   struct Rounded {
     Chunk<R, V> s;
   };
-  using Kept = typename Select<narrow_kept, Rounded, Exact<V>>::Type;
+  using Kept = typename Select<narrow_kept, Rounded, Exact>::Type;
   using XType = X;
   const char* x;
   const char* bias;
@@ -134,7 +118,7 @@ template <class X, class B, class R, int V, bool ROUND> struct SumSource {
     if constexpr (added && ROUND) widen<R, V>(narrow<R, V>(f), f);
   }
   JN_DEV void kept_values(const Rounded& kept, float (&f)[V]) const { widen<R, V, true>(kept.s, f); }
-  JN_DEV void kept_values(const Exact<V>& kept, float (&f)[V]) const {
+  JN_DEV void kept_values(const Exact& kept, float (&f)[V]) const {
 #pragma unroll
     for (int i = 0; i < V; ++i) f[i] = kept.f[i];
   }

@@ -11,42 +11,41 @@ namespace jaxnorm {
 // and the reading of one, none between its reading and the next writing.
 template <class S, int DEPTH, int BLOCKS, class Source, class Norm, class Epilogue>
 JN_DEV void forward_rows_ahead(const Source& source, const Norm& norm, Epilogue epilogue, u64 rows) {
-  static_assert(S::REGS == S::PER && S::UNROLL == 1, "whole rows in registers");
+  static_assert(S::REGS == S::PER && S::GROUPS == 1 && S::UNROLL == 1 && !S::Sum::in_wave,
+                "a row a block, in registers");
   using OneRow = Row<S, Source>;
   using Stashed = typename OneRow::Stashed;
   constexpr int slot_bytes = S::REGS * Stashed::footprint, sum_bytes = Norm::BUFFERS * S::Sum::bytes;
   constexpr int turns = Norm::BUFFERS > 1 ? 1 : 2;
-  const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
-            group = S::GROUPS > 1 ? thread / S::LANES : 0;
+  const u32 lane = thread_id();
   unsigned char* stash = shared_memory() + turns * sum_bytes;
-  const u64 stride = u64(BLOCKS) * S::GROUPS, begin = u64(block_x()) * S::GROUPS;
 
   auto fetch = [&](u64 row, u32 slot) {
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k)
       if (row < rows && S::has(k, lane))
-        Stashed::fetch(source, stash + slot * slot_bytes + k * Stashed::footprint, thread, row * S::N + lane * S::V,
+        Stashed::fetch(source, stash + slot * slot_bytes + k * Stashed::footprint, lane, row * S::N + lane * S::V,
                        k * S::STEP);
     async_commit();
   };
 #pragma unroll
-  for (int ahead = 0; ahead < DEPTH; ++ahead) fetch(begin + ahead * stride + group, ahead);
+  for (int ahead = 0; ahead < DEPTH; ++ahead) fetch(block_x() + u64(ahead) * BLOCKS, ahead);
   epilogue.issue(lane);
   u32 slot = 0, buffer = 0;
 #pragma unroll 1
-  for (u64 first = begin; first < rows; first += stride) {  // the same for all threads of the block
-    const u64 row = first + group;
-    OneRow one{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
+  for (u64 row = block_x(); row < rows; row += BLOCKS) {
+    OneRow one{source, stash, row, row * S::N + lane * S::V, lane, true};
     async_wait<DEPTH - 1>();
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
       if (one.has(k))
-        one.raw[k] = Stashed::read(source, stash + slot * slot_bytes + k * Stashed::footprint, thread, one.column(),
-                                   k * S::STEP);
+        one.raw[k] =
+            Stashed::read(source, stash + slot * slot_bytes + k * Stashed::footprint, lane, one.column(), k * S::STEP);
       else
         one.raw[k] = typename OneRow::Raw{};
     }
-    finish_row<S>(one, norm, epilogue, (float*)(shared_memory() + buffer), [&] { fetch(row + DEPTH * stride, slot); });
+    finish_row<S>(one, norm, epilogue, (float*)(shared_memory() + buffer),
+                  [&] { fetch(row + u64(DEPTH) * BLOCKS, slot); });
     slot = slot == DEPTH - 1 ? 0 : slot + 1;
     if constexpr (turns > 1) buffer = sum_bytes - buffer;
   }
