@@ -1,5 +1,6 @@
-"""What ``use_backend`` and ``use_target`` set. Both are part of the key of ``jax.jit``'s cache, so they must exist before the first
-trace: one that comes into being inside it makes JAX trace and compile that function again at its second call."""
+"""What ``use_backend``, ``use_target`` and ``distributed.schedule.force`` set. All are part of the key of ``jax.jit``'s cache, so
+they must exist before the first trace: one that comes into being inside it makes JAX trace and compile that function again at its
+second call."""
 
 from __future__ import annotations
 
@@ -7,3 +8,4 @@ from . import _compat
 
 backend = _compat.user_context(None)
 target = _compat.user_context(())
+schedule = _compat.user_context(None)

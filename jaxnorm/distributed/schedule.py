@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import _compat
+from .. import _context
 from .._compile import target
 from ._config import Config
 
@@ -31,17 +31,15 @@ FUSED_RANKS = {"cuda": (2, 4), "rocm": ()}
 # Largest half of a workspace; a rank holds two.
 HALF_BYTES = 512 << 20
 
-_forced = _compat.user_context(None)
-
 
 def force(schedule: str | None = None, few: bool | None = None, **tuning: int) -> Any:
     """Context manager for tests and measurements: a schedule of the fused kernel, whether few rows are gathered, and parts of the
     launch (``distributed_hip.tuned``)."""
-    return _forced((schedule, few, tuple(sorted(tuning.items()))))
+    return _context.schedule((schedule, few, tuple(sorted(tuning.items()))))
 
 
 def forced() -> tuple[str | None, bool | None, tuple[tuple[str, int], ...]]:
-    return _forced.value or (None, None, ())
+    return _context.schedule.value or (None, None, ())
 
 
 def few_rows(config: Config) -> bool:
