@@ -56,7 +56,11 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
   }
   {
     using Shape = JN_SHAPE(1);
+#if JN_TILE > 0
+    using Deal = TokenDeal<Shape, JN_HEADS1, JN_UNROLL1, JN_THREADS>;
+#else
     using Deal = JN_DEAL(1, Shape, JN_HEADS1);
+#endif
     const u32 blocks = Deal::blocks(tokens);
     if (block < blocks) {
       const HeadNorm<Shape, JN_X1, JN_W1, JN_HAS_OFFSET> norm{k_weight, JN_EPS, {{}, JN_OFFSET}};
@@ -64,7 +68,7 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
       const KeySink<Cache, JN_SLOT, JN_HAS_KV> sink{
           k_out,
           {k_cache_out, k_scale_out, k_scale, all_slots},
-          issue_slot<JN_SLOT>(slots, Deal::token(unit), unit < Deal::units(tokens))};
+          issue_slot<JN_SLOT>(slots, Deal::token(unit), Deal::live(unit, tokens))};
       return forward_heads<Shape, Deal, JN_X1, false>(k, tokens, block, norm, JN_SOURCE(Shape){table, where, tokens},
                                                       sink, row_k);
     }

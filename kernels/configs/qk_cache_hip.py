@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, wave_size
 from ._cache import READ, WRITE, Cache, aliases, cache, packed, parts
 from ._heads import Part, gptj, lane_elements, lanes, vector
-from ._heads_hip import Deal, blocks, check, forward, forward_candidates, position_constants, unrolled
+from ._heads_hip import Deal, blocks, check, forward, forward_candidates, groups, position_constants, unrolled
 from ._hip import TYPES, Constants, _ceil, _grid, _nvidia, _type
 from .quant_hip import CODES
 
@@ -65,14 +65,10 @@ def _deal(problem: Problem, found: list[Part]) -> Deal:
     return Deal(deal.threads, 2, blocks_a_unit)
 
 
-def _groups(problem: Problem, value: Part, deal: Deal) -> int:
-    return deal.threads // lanes(problem, value)
-
-
 def _fits(problem: Problem, found: list[Part], deal: Deal, tile: int) -> bool:
     """ValueTile: whole rounds of the block, whole groups of X tokens, at most 64 elements of v on their way a thread."""
     c, value = cache(problem), found[2]
-    if not c.shuffled or tile % c.x or tile % _groups(problem, value, deal):
+    if not c.shuffled or tile % c.x or tile % groups(problem, value, deal):
         return False
     held = tile * problem.features // deal.threads
     return held <= 64 and _rows_bytes(problem, c, tile) <= 48 << 10
@@ -86,9 +82,14 @@ def _tile(problem: Problem, found: list[Part], deal: Deal) -> int:
     return next((t for t in (32, 16, 64) if _fits(problem, found, deal, t)), 0)
 
 
+def _token_blocks(problem: Problem, part: Part, deal: Deal) -> int:
+    """TokenDeal::blocks"""
+    return _ceil(part.tokens, groups(problem, part, deal)) * _ceil(part.heads, unrolled(problem, part, deal))
+
+
 def _rows(problem: Problem, value: Part, deal: Deal) -> int:
     """ValueSpread::ROWS"""
-    return _groups(problem, value, deal) * unrolled(problem, value, deal)
+    return groups(problem, value, deal) * unrolled(problem, value, deal)
 
 
 def _rows_bytes(problem: Problem, c: Cache, rows: int) -> int:
@@ -137,14 +138,15 @@ def _write(problem: Problem, found: list[Part], deal: Deal, tile: int) -> Launch
             (f"JN_UNROLL{i}", unrolled(problem, part, deal) if part.heads else 1),
         ]
     constants += [c for c in position_constants(problem) if c[0] != "JN_PERIOD"]
-    keys = sum(blocks(problem, p, deal) for p in found[:2] if p.heads)
+    keys = _token_blocks(problem, found[1], deal) if tile else blocks(problem, found[1], deal)
+    queries = blocks(problem, found[0], deal) if found[0].heads else 0
     values = _ceil(found[2].tokens, tile) * c.heads if tile else blocks(problem, found[2], deal)
     return Launch(
         kernel=f"{SOURCE}:qk_norm_rope_cache",
         inputs=("qkv", "q", "k", "v", "q_weight", "k_weight", "positions", "cos_sin", "slots",
                 "k_cache", "v_cache", "k_scale", "v_scale"),
         outputs=("q_out", "k_out", "v_out", "k_cache_out", "v_cache_out", "k_scale_out", "v_scale_out"),
-        grid=_grid(keys + values),
+        grid=_grid(values + keys + queries),
         constants=tuple(constants),
         scalars=(("tokens", "i32", found[1].tokens), ("rows", "i32", problem.shape("cos_sin")[0]), ("slots", "i64", c.slots)),
         threads=deal.threads,

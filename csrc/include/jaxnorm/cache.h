@@ -242,7 +242,7 @@ JN_DEV void value_heads(const char* v, u64 stride, const char* slots, u32 tokens
   using Spread = ValueSpread<S, Deal, G>;
   const u32 thread = thread_id(), lane = thread % S::LANES, group = thread / S::LANES;
   const u32 unit = block * Deal::GROUPS + group, token = Deal::token(unit);
-  const bool active = unit < Deal::units(tokens);
+  const bool active = Deal::live(unit, tokens);
   const Slot<I> slot = issue_slot<I>(slots, token, active);
   HeadBits<S, X> bits[Deal::UNROLL];
 #pragma unroll

@@ -194,6 +194,19 @@ template <class S, int HEADS_, int UNROLL_, int THREADS_> struct HeadDeal {
   static JN_DEV u32 token(u32 unit) { return unit / SHARE; }
   static JN_DEV u32 head(u32 unit, int u) { return unit % SHARE + u * SHARE; }
   static JN_DEV bool has(u32 unit, int u) { return (u + 1) * SHARE <= HEADS || head(unit, u) < u32(HEADS); }
+  static JN_DEV bool live(u32 unit, u32 tokens) { return unit < units(tokens); }
+};
+
+// The same with neighbouring tokens in neighbouring groups, GROUPS of them a block, for sinks where the same head of
+// neighbouring tokens lies side by side.
+template <class S, int HEADS_, int UNROLL_, int THREADS_> struct TokenDeal : HeadDeal<S, HEADS_, UNROLL_, THREADS_> {
+  using Base = HeadDeal<S, HEADS_, UNROLL_, THREADS_>;
+  using Base::GROUPS, Base::HEADS, Base::SHARE;
+  static JN_DEV u32 blocks(u32 tokens) { return (tokens + GROUPS - 1) / GROUPS * SHARE; }
+  static JN_DEV u32 token(u32 unit) { return unit / (GROUPS * SHARE) * GROUPS + unit % GROUPS; }
+  static JN_DEV u32 head(u32 unit, int u) { return unit / GROUPS % SHARE + u * SHARE; }
+  static JN_DEV bool has(u32 unit, int u) { return (u + 1) * SHARE <= HEADS || head(unit, u) < u32(HEADS); }
+  static JN_DEV bool live(u32 unit, u32 tokens) { return token(unit) < tokens; }
 };
 
 }  // namespace jaxnorm

@@ -188,7 +188,7 @@ JN_DEV void forward_heads(const char* x, u32 tokens, u32 block, Norm norm, const
                           u64 stride = u64(Deal::HEADS) * (S::D * X::size)) {
   const u32 thread = thread_id(), lane = thread % S::LANES;
   const u32 unit = block * Deal::GROUPS + thread / S::LANES, token = Deal::token(unit);
-  const bool active = unit < Deal::units(tokens);
+  const bool active = Deal::live(unit, tokens);
   const auto where = source.issue(token, active);
   HeadBits<S, X> bits[Deal::UNROLL];
 #pragma unroll
