@@ -29,6 +29,7 @@ if _missing:
     pytest.skip(f"needs demo: {', '.join(_missing)} not installed: pip install -e '.[demo]'", allow_module_level=True)
 
 import gguf  # noqa: E402
+from gemma_tiny import TINY, tiny_params  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from examples.gemma import cli, comparison, generate, gguf_file, model, projections  # noqa: E402
@@ -36,25 +37,10 @@ from examples.gemma.errors import DemoError  # noqa: E402
 from examples.gemma.generate import Generator, Sampling  # noqa: E402
 from examples.gemma.tokenizer import Tokenizer  # noqa: E402
 
-TINY = model.Config(
-    vocab=300, width=32, layers=7, heads=4, kv_heads=2, head_dim=16, mlp_width=48, context=96, window=5
-)  # fmt: skip
 # 18 layers of float32 in another order of summation. Seen on a CPU: 4.1e-4 at most, on logits of up to 30.
 LOGIT_TOLERANCE = 2e-3
 # Format, what it is on a CPU, relative rms error of the tiny model's logits (seen: 0.049 and 0.147).
 QUANT_TINY = [("int8", "int8", 0.1), ("fp8", "float8_e4m3fn", 0.25)]
-
-
-def tiny_params(config: model.Config, seed: int = 0) -> model.Params:
-    rng = np.random.default_rng(seed)
-
-    def array(shape: tuple[int, ...]) -> jax.Array:
-        norm = len(shape) == 1
-        return jnp.asarray(rng.normal(1.0 if norm else 0.0, 0.3 if norm else shape[-1] ** -0.5, shape), jnp.float32)
-
-    shapes = model.layer_shapes(config)
-    layers = model.Layer(*(jnp.stack([array(shape) for _ in range(config.layers)]) for shape in shapes))
-    return model.Params(array((config.vocab, config.width)), array((config.width,)), layers)
 
 
 def whole(params: model.Params, config: model.Config, tokens: list[int]) -> jax.Array:

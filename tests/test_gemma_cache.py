@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gemma import TINY, TOKENS, reference, tiny_params, whole
+from gemma_tiny import CACHES, TINY, check_decode, tiny_params
+from test_gemma import TOKENS, reference, whole
 from test_gemma import real as real  # a fixture
 
 import jaxnorm
@@ -16,39 +16,9 @@ from examples.gemma import comparison, model
 from examples.gemma.generate import Generator
 
 
-def relative(got: jax.Array, exact: jax.Array) -> float:
-    """Root mean square of the error by that of the logits."""
-    return float(jnp.sqrt(jnp.mean((got - exact) ** 2) / jnp.mean(exact**2)))
-
-
-# Kind of cache, what a decode may differ by from the prefill of the same text through the same kind, and by from no cache at all.
-# Seen on a CPU: 8e-7 and 0, 1e-4 and 4e-3, 5e-7 and 6.5e-2, 4e-4 and 1.3e-2.
-CACHES = [("float32", 1e-5, 1e-5), ("bf16", 1e-3, 1e-2), ("fp8", 1e-2, 0.1), ("int8", 5e-3, 3e-2)]
-
-
 @pytest.mark.parametrize(("kind", "decode", "rounding"), CACHES)
 def test_decode_of_64_tokens_equals_prefill(kind, decode, rounding):
-    """Another order of summation rounds a key or a value the other way now and then; that is all there is between the two."""
-    params = tiny_params(TINY)
-    tokens = jnp.asarray(np.random.default_rng(2).integers(4, TINY.vocab, 64), jnp.int32)
-    table = model.rope_tables(TINY, 64)
-
-    @jax.jit
-    def by_token(params, cache):
-        def step(cache, item):
-            hidden, cache = model.forward(params, TINY, item[1][None, None], table, cache, item[0])
-            return cache, model.logits(params, hidden)[0, 0]
-
-        return jax.lax.scan(step, cache, (jnp.arange(64), tokens))
-
-    cache, got = by_token(params, model.init_cache(TINY, 1, 64, kind))
-    prefilled = comparison.all_logits(params, TINY, tokens, table, kind)
-    exact = comparison.all_logits(params, TINY, tokens, table, None)
-    found = relative(got, prefilled), relative(prefilled, exact)
-    print(f"{kind}: decode against prefill {found[0]:.1e}, prefill against no cache {found[1]:.1e}")
-    assert found[0] < decode and found[1] < rounding
-    assert found[1] > 1e-4 or kind == "float32"
-    assert cache.k.dtype.name.startswith({"bf16": "bfloat16", "fp8": "float8_e4m3"}.get(kind, kind))
+    check_decode(TINY, kind, decode, rounding)
 
 
 def test_sequences_and_blocks_have_slots_of_their_own():

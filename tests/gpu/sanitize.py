@@ -20,8 +20,11 @@ os.environ["XLA_FLAGS"] = (
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 import cases  # noqa: E402
+import cases_cache  # noqa: E402
 import cases_groupnorm  # noqa: E402
 import cases_layernorm  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import oracle_rope  # noqa: E402
 import test_groupnorm  # noqa: E402
 from oracle_quant import Case  # noqa: E402
@@ -80,32 +83,77 @@ def groupnorm_cases():
     yield cases_groupnorm.Case(2, (5, 7, 11), 16, 2, last=False, weight="float32")
 
 
+def cache_cases():
+    """Each layout and kind of cache, packed or not, with slots of -1 and past the end; a prompt whose v goes through tiles."""
+    Case, FN = cases_cache.Case, cases_cache.FN
+    for i, layout in enumerate(cases_cache.LAYOUTS):
+        yield Case(layout, "bfloat16", packed=i == 0, features=128)
+        yield Case(layout, FN, "per_token", packed=i == 1, features=128, return_kv=False)
+        yield Case(layout, "int8", "per_tensor", packed=i == 2, features=48, rotary=16)
+    yield Case("shuffled", "bfloat16", tokens=301, kv_heads=8, features=64, pages=20, run=5, skip=7, packed=True)
+    yield Case("shuffled", FN, "per_token", tokens=301, kv_heads=8, features=128, pages=20, run=16, skip=3)
+
+
+def rmsnorms(backend: str, full: bool) -> None:
+    for work in workloads(full):
+        check(work, backend)
+        print("ok", work.id, flush=True)
+
+
+def quants(backend: str, full: bool) -> None:
+    for case in quant_cases():
+        arrays = case.arrays()
+        case.check(arrays, case.run(arrays, backend), backend, exact=False)
+        print("ok", case.id, flush=True)
+
+
+def layernorms(backend: str, full: bool) -> None:
+    for case in layernorm_cases():
+        case.check(backend)
+    for quantised in list(cases_layernorm.quant_cases())[1::5]:
+        data = quantised.arrays()
+        quantised.check(data, quantised.run(data, backend))
+
+
+def groupnorms(backend: str, full: bool) -> None:
+    for image in groupnorm_cases():
+        test_groupnorm.check(image, backend)
+        print("ok", image, flush=True)
+
+
+def heads(backend: str, full: bool) -> None:
+    for case in heads_cases():
+        given = case.arrays()
+        results, gradients = oracle_rope.run(case, given, backend)
+        case.check(given, *(results if isinstance(case, oracle_rope.TwoStream) else (results,)))
+        case.check_gradients(given, gradients)
+        print("ok", case, flush=True)
+
+
+def caches(backend: str, full: bool) -> None:
+    for case in cache_cases():
+        a = case.arrays()
+        got = case.run_op(a, backend)
+        case.check(a, got, backend, exact=False)
+        slots = np.array([case.slots - 1, -1, 0, case.slots, *a["slots"][:9]], np.int32)
+        read = case.cache(got).gather(jnp.asarray(slots), backend=backend)
+        for x, want in zip(read, case.gathered(got, slots.astype(np.int64)), strict=True):
+            np.testing.assert_array_equal(np.asarray(x).astype(np.float32), want.astype(np.float32))
+        print("ok", case, flush=True)
+
+
+FAMILIES = {"rmsnorm": rmsnorms, "quant": quants, "layernorm": layernorms, "groupnorm": groupnorms, "heads": heads,
+            "cache": caches}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("triton", "hip"), required=True)
+    parser.add_argument("--families", default=",".join(FAMILIES), help="comma list, all without it")
     parser.add_argument("--full", action="store_true", help="more shapes; minutes under a tool")
     arguments = parser.parse_args()
-    for case in layernorm_cases():
-        case.check(arguments.backend)
-    for quantised in list(cases_layernorm.quant_cases())[1::5]:
-        data = quantised.arrays()
-        quantised.check(data, quantised.run(data, arguments.backend))
-    for heads in heads_cases():
-        given = heads.arrays()
-        results, gradients = oracle_rope.run(heads, given, arguments.backend)
-        heads.check(given, *(results if isinstance(heads, oracle_rope.TwoStream) else (results,)))
-        heads.check_gradients(given, gradients)
-        print("ok", heads, flush=True)
-    for image in groupnorm_cases():
-        test_groupnorm.check(image, arguments.backend)
-        print("ok", image, flush=True)
-    for work in workloads(arguments.full):
-        check(work, arguments.backend)
-        print("ok", work.id, flush=True)
-    for case in quant_cases():
-        arrays = case.arrays()
-        case.check(arrays, case.run(arrays, arguments.backend), arguments.backend, exact=False)
-        print("ok", case.id, flush=True)
+    for name in arguments.families.split(","):
+        FAMILIES[name](arguments.backend, arguments.full)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import tolerances
 from cases_cache import FN, FNUZ, LAYOUTS, Case, bytes_of
+from driver import Driver, run_guarded
 
 import jaxnorm
+from jaxnorm._compile import target
 
 pytestmark = pytest.mark.gpu
 backends = pytest.mark.parametrize("backend", ["triton", "hip"])
@@ -83,6 +85,37 @@ def test_against_the_oracle(case, backend):
         same = bytes_of(a) == bytes_of(want)
         nan = np.isnan(want.astype(np.float32)).repeat(want.itemsize).reshape(-1)
         assert (same | nan).all(), f"{case} gather: {(~same).sum()} bytes differ"
+
+
+GUARDED = [
+    *(Case(layout, *form, tokens=33, features=128, packed=i % 2 == 0, return_kv=i % 3 > 0)
+      for layout in LAYOUTS for i, form in enumerate(FORMATS)),
+    *(ODD[i] for i in (0, 1, 5, 6)),
+    *(Case("shuffled", *form, tokens=301, q_heads=3, kv_heads=8, features=64, pages=20, run=5, skip=7)
+      for form in (FORMATS[0], FORMATS[1])),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def driver():
+    return Driver()
+
+
+@backends
+@pytest.mark.parametrize("case", GUARDED, ids=str)
+def test_guard_bytes(case, backend, driver):
+    """No byte changes outside of the results and the slots (-1 and past the end among them); NaN in the guards reaches no result."""
+    a, found = case.arrays(), target.of_device(jax.devices()[0]) or ""
+    slots = np.array([case.slots - 1, -1, 0, case.slots, *range(2, 11), -(2**31)], np.int32)
+    for fill in (0xFF, 0xCC):
+        got = run_guarded(driver, backend, case.problem(a, found), case.operands(a), fill)
+        case.check(a, case.renamed(got, a), f"{backend} guarded", exact=False)
+        read = run_guarded(
+            driver, backend, case.gather_problem(a, slots, found), {"slots": slots} | case.buffers(a), fill
+        )
+        for n, want in zip("kv", case.gathered(a, slots.astype(np.int64)), strict=True):
+            nan = np.isnan(want.astype(np.float32)).repeat(want.itemsize).reshape(-1)
+            assert ((bytes_of(read[f"{n}_out"]) == bytes_of(want)) | nan).all(), f"{backend} {case} gather {n}"
 
 
 @backends

@@ -30,7 +30,7 @@ def test_compute_sanitizer(tool, backend):
     binary = _tool()
     needs.need("compute_sanitizer", binary is not None, "compute-sanitizer is not installed")
     script = Path(__file__).with_name("sanitize.py")
-    ours = ("norm", "quant")
+    ours = ("norm", "quant", "cache")
     # Only writes of the kernels that it looks at are known to it, so copies to the host are no business of initcheck here.
     only = ["--check-api-memory-access", "no"] if tool == "initcheck" else []
     only += [o for name in ours if tool == "initcheck" for o in ("--kernel-name", f"kernel_substring={name}")]
