@@ -104,7 +104,7 @@ def driver():
 @backends
 @pytest.mark.parametrize("case", GUARDED, ids=str)
 def test_guard_bytes(case, backend, driver):
-    """No byte changes outside of the results and the slots (-1 and past the end among them); NaN in the guards reaches no result."""
+    """No byte changes outside of the results and the slots (-1 and past the end too); NaN in the guards reaches no result."""
     a, found = case.arrays(), target.of_device(jax.devices()[0]) or ""
     slots = np.array([case.slots - 1, -1, 0, case.slots, *range(2, 11), -(2**31)], np.int32)
     for fill in (0xFF, 0xCC):
