@@ -28,10 +28,11 @@ CASES = (
 )  # fmt: skip
 # What the tiles of v meet: whole groups of slots, groups that start in the middle of one, and gaps; a last tile that is not full.
 RUNS = tuple(
-    Case("shuffled", dtype, quant, tokens=41, q_heads=1, features=features, pages=5, run=run, skip=skip, return_kv=kv)
-    for dtype, quant, features, run, skip, kv in (
-        ("bfloat16", None, 128, 16, 0, False), ("bfloat16", None, 64, 3, 0, True), (FN, "per_token", 128, 32, 2, True),
-        ("int8", "per_token", 64, 0, 0, False), ("int8", "per_tensor", 128, 7, 5, False), ("float32", None, 32, 4, 3, False),
+    Case("shuffled", dtype, quant, 41, 1, heads, features, pages=5, run=run, skip=skip, return_kv=kv)
+    for dtype, quant, heads, features, run, skip, kv in (
+        ("bfloat16", None, 2, 128, 16, 0, False), ("bfloat16", None, 3, 64, 3, 0, True), (FN, "per_token", 3, 128, 32, 2, True),
+        ("int8", "per_token", 2, 64, 0, 0, False), ("int8", "per_tensor", 2, 128, 7, 5, False),
+        ("float32", None, 3, 32, 4, 3, False),
     )
 )  # fmt: skip
 
@@ -49,14 +50,14 @@ EACH, TILES = on_targets(CASES), on_targets(RUNS)
 
 
 def plans(case: Case, target: str):
-    """The plan, and for runs the tile that many tokens would get."""
+    """The plan, and for runs the tile that many tokens would get; of three heads a group takes two or one."""
     p = case.problem(case.arrays(), target)
     if case.run is None:
         return [qk_cache_hip.plan(p)]
-    found = qk_cache_hip._parts(p)
-    tiles = [t for t in (16, 32, 64) if qk_cache_hip._fits(p, found, Deal(), t)]
+    found, deal = qk_cache_hip._parts(p), Deal(unroll=2 if case.kv_heads == 3 else 1)
+    tiles = [t for t in (16, 32, 64) if qk_cache_hip._fits(p, found, deal, t)]
     assert tiles
-    return [(qk_cache_hip._write(p, found, Deal(), t),) for t in (tiles[0], 0)]
+    return [(qk_cache_hip._write(p, found, deal, t),) for t in (tiles[0], 0)]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DemoError
+from .errors import DemoError, damaged
 
 INSTALL = "pip install 'jaxnorm[demo]'   (from a checkout: pip install -e '.[demo]')"
 CHUNK_ROWS = 256  # A chunk and its temporaries stay in the cache of a core: a third less time than 4096 rows.
@@ -125,12 +125,6 @@ class GGUFFile:
         for count in executor.map(convert, (slice(at, at + CHUNK_ROWS) for at in range(0, shape[0], CHUNK_ROWS))):
             progress(count)
         return out
-
-
-def damaged(path: Path, why: str) -> DemoError:
-    return DemoError(
-        f"gemma: {path} is not a usable Gemma 3 GGUF file: {why}. If the package wrote it, delete it and run again."
-    )
 
 
 def packaged_path() -> Path:

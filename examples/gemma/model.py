@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,11 @@ import numpy as np
 import jaxnorm
 from jaxnorm import KVCache
 
-from .gguf_file import GGUFFile, damaged
+from .errors import damaged
 from .projections import Input, add_norm, input_spec, leading, linear, norm
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile
 
 
 @dataclasses.dataclass(frozen=True)

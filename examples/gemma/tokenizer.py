@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from .gguf_file import GGUFFile, damaged, missing_extra
+from .errors import damaged
+from .gguf_file import GGUFFile, missing_extra
 
 try:
     import sentencepiece
