@@ -7,7 +7,7 @@ from __future__ import annotations
 import isa
 import pytest
 from cases_cache import FN, FNUZ, Case
-from jaxnorm.kernels.configs import qk_cache_hip, qk_cache_triton
+from jaxnorm.kernels.configs import qk_cache_hip, qk_cache_triton, wave_size
 from test_hip_compile import TARGETS, assert_no_spills, machine_code, need_compiler
 
 pytestmark = pytest.mark.compile
@@ -47,10 +47,21 @@ def test_prompts(target):
     assert counts["barriers"] == 0
 
 
+def test_where_v_is_turned_over():
+    """Threads of a block and tokens of a tile, by tokens: as measured for 64 + 8 heads on an H200."""
+    found = {}
+    for tokens in (16, 128, 256):
+        case = Case("shuffled", FN, "per_token", **(LARGE | {"tokens": tokens, "q_heads": 64}))
+        (launch,) = qk_cache_hip.plan(case.problem(case.arrays(), "sm_90"))
+        found[tokens] = launch.threads, dict(launch.constants)["JN_TILE"]
+    assert found == {16: (128, 0), 128: (64, 0), 256: (128, 16)}
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942", "gfx1100"])
 def test_a_decode(target):
     _, counts, launch = built(Case("shuffled", "int8", "per_token", **(LARGE | {"tokens": 16})), target)
-    assert counts["barriers"] == 1, "v goes through shared memory once"
+    several = launch.threads > wave_size(target)  # a wave waits for itself without a barrier
+    assert counts["barriers"] == int(several), "v goes through shared memory once"
     _, counts, launch = built(Case("paged", "int8", "per_token", **(LARGE | {"tokens": 16})), target)
     assert launch.shared == 0 and counts["barriers"] == 0 and counts["store1"] + counts["store2"] == 0
     assert counts["load1"] + counts["load2"] == 0, counts

@@ -132,7 +132,8 @@ def stages(call: Call, target: str, backend: str | None = None, compilers: bool 
     """
     platform = check_target(target)
     found: dict[Stage, None] = {}
-    with use_target({platform: target}), jax.enable_x64(call.x64 or jax.config.jax_enable_x64):
+    x64 = call.x64 or jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    with use_target({platform: target}), jax.enable_x64(x64):
         for function, arguments in call.functions():
             for stage_call, avals in _explain._stages(jax.make_jaxpr(function)(*arguments).jaxpr):
                 if avals is None:

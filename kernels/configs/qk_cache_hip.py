@@ -54,13 +54,24 @@ def _parts(problem: Problem) -> list[Part]:
     return found
 
 
+def _few(problem: Problem, found: list[Part], a_unit: int) -> bool:
+    return found[2].tokens * cache(problem).heads < a_unit * compute_units(problem.target)
+
+
+def _turned(problem: Problem, found: list[Part]) -> bool:
+    """Whether blocks turn v over in tiles: not for few tokens, where tiles leave compute units idle, and where slots do not follow
+    one another as those of a prompt do. 256 tokens on an H200: 4.7 us instead of 6.0 (bfloat16), 5.1 instead of 6.0 (fp8)."""
+    return cache(problem).shuffled and not _few(problem, found, 12)
+
+
 def _deal(problem: Problem, found: list[Part]) -> Deal:
     """Two heads a group at most: on an H200 that, with registers for 1024 threads a unit, was 4 % ahead of four heads for q/k norm
-    alone (qk.hip, 8192 tokens of 64 + 8 heads, D 128). The codes of a head take a few registers more, which would spill. With few
-    tokens, blocks of 64 threads spread over more units: 3.78 us instead of 3.94 for 128 tokens of fp8."""
+    alone (qk.hip, 8192 tokens of 64 + 8 heads, D 128). The codes of a head take a few registers more, which would spill. Blocks of
+    64 threads spread the pieces of a short prompt over more units: 3.71 us instead of 3.90 for 128 tokens of fp8, but 2.14 instead
+    of 1.97 for one, and 1 to 3 % slower in pages."""
     deal = forward(problem, [p for p in found if p.heads])
-    if deal.unroll < 2:
-        return Deal(64)
+    if deal.unroll < 2 and not _turned(problem, found):
+        return Deal(64) if cache(problem).shuffled and not _few(problem, found, 1) else deal
     small = max(lane_elements(problem, p) for p in found) <= 16 and problem.option("sections") is None
     blocks_a_unit = 1 if not small else 7 if cache(problem).quant else 8
     return Deal(deal.threads, 2, blocks_a_unit)
@@ -76,15 +87,12 @@ def _fits(problem: Problem, found: list[Part], deal: Deal, tile: int) -> bool:
 
 
 def _tile(problem: Problem, found: list[Part], deal: Deal) -> int:
-    """Tokens of v that a block turns over, 0: none. With few tokens a tile leaves compute units idle, and slots follow one another
-    in a prompt rather than in a step of a decode. 32 tokens, and 16 where that makes less than two blocks a unit: 11.17 us instead
-    of 11.65 for 1024 tokens of bfloat16 on an H200, where 8192 take 84.6 with 16 and 84.1 with 32."""
-    heads, units = found[2].tokens * cache(problem).heads, compute_units(problem.target)
-    if heads < 16 * units:
+    """Tokens of v that a block turns over, 0: none. 32, and 16 where that makes less than two blocks a unit: 11.17 us instead of
+    11.65 for 1024 tokens of bfloat16 on an H200, where 8192 take 84.6 with 16 and 84.1 with 32."""
+    if not _turned(problem, found):
         return 0
-    return next(
-        (t for t in ((16, 32, 64) if heads < 64 * units else (32, 16, 64)) if _fits(problem, found, deal, t)), 0
-    )
+    sizes = (16, 32, 64) if _few(problem, found, 64) else (32, 16, 64)
+    return next((t for t in sizes if _fits(problem, found, deal, t)), 0)
 
 
 def _token_blocks(problem: Problem, part: Part, deal: Deal) -> int:
