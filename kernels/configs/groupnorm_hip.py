@@ -11,110 +11,16 @@ The sizes follow from registers, bytes in flight and cache sizes of an H200; AMD
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 
-from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
-from ._hip import MAX_THREADS, TYPES, Constants, _ceil, _grid, _itemsize, _round_up, _type
+from . import Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
+from ._groups import Cut, Lines, Sizes, largest_factor, largest_power_of_2_in, power_of_2_below, sizes
+from ._hip import MAX_THREADS, TYPES, Constants, _ceil, _grid, _itemsize, _nvidia, _round_up, _type
 
 SOURCE = "groupnorm.hip"
-IMAGES = ("x", "dy", "y", "dx")
 MAX_PARTS = 256
 LARGE = 8 << 20  # bytes of 32 groups
 MAX_GROUP = 1 << 31  # elements of a group, whose positions and chunks are counted in 32 bits
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Part of a group, and how threads share it. ``part``: positions (channels last) or chunks (channels first)."""
-
-    part: int
-    k: int
-    """Chunks of a thread on their way at once."""
-    q: int = 1
-    """Channels last: threads that share a column of channels. Channels first: threads of a block."""
-    tile: int = 0
-    """Channels last: channels of a block."""
-    min_blocks: int = 1
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Channels first, sums of channels: ``lanes`` threads to a part of ``part`` chunks, ``lines`` of them in a block."""
-
-    part: int
-    k: int
-    lanes: int
-    lines: int
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """A problem in the terms of the kernels."""
-
-    problem: Problem
-    last: bool
-    batch: int
-    space: int
-    channels: int
-    group: int
-    """Channels of a group."""
-    wide: int
-    """Most elements of a chunk: 16 bytes of the narrowest image."""
-
-    @property
-    def v(self) -> int:
-        """Elements of a chunk: as ``wide`` as a row of channels, or the positions of a channel, allow."""
-        return _largest_power_of_2_in(self.channels if self.last else self.space, self.wide)
-
-    @property
-    def u(self) -> int:
-        """Neighbouring channels that are in one group whatever the chunk."""
-        return _largest_power_of_2_in(self.group, self.wide)
-
-    @property
-    def columns(self) -> int:
-        """Channels last: chunks of the narrowest tile of whole groups, the same for every v."""
-        return self.group // self.u
-
-    @property
-    def narrowest(self) -> int:
-        """Channels of that tile."""
-        return self.columns * self.v
-
-    @property
-    def words(self) -> int:
-        """Registers that a chunk takes while it waits."""
-        return max(1, self.wide * sum(_itemsize(self.problem, n) for n in ("x", "dy")) // 4)
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of a group: of the narrowest tile, channels last."""
-        return self.space * self.columns if self.last else self.group * self.space // self.v
-
-    @property
-    def groups(self) -> int:
-        return self.channels // self.group
-
-
-def _largest_power_of_2_in(n: int, most: int) -> int:
-    p = 1
-    while p * 2 <= most and n % (p * 2) == 0:
-        p *= 2
-    return p
-
-
-def _power_of_2_below(n: float) -> int:
-    return 1 << (max(int(n), 1).bit_length() - 1)
-
-
-def _sizes(problem: Problem) -> _Sizes:
-    shape, last = problem.shape("x"), bool(problem.option("last"))
-    space, channels = (prod(shape[1:-1]), shape[-1]) if last else (prod(shape[2:]), shape[1])
-    group = problem.option("group_channels")
-    assert isinstance(group, int)
-    wide = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name in IMAGES)
-    return _Sizes(problem, last, problem.rows, space, channels, group, wide)
 
 
 def plan(problem: Problem) -> tuple[Launch, ...]:
@@ -150,7 +56,7 @@ def _fits(problem: Problem, launches: tuple[Launch, ...]) -> bool:
     )
 
 
-def _check(problem: Problem) -> _Sizes:
+def _check(problem: Problem) -> Sizes:
     if problem.stage not in ("groupnorm_fwd", "groupnorm_bwd"):
         raise Unsupported(f"{problem.stage} is no stage of {SOURCE}.")
     if problem.rows < 1 or 0 in problem.shape("x"):
@@ -158,7 +64,7 @@ def _check(problem: Problem) -> _Sizes:
     for name, dtype in problem.dtypes:
         if dtype not in TYPES:
             raise Unsupported(f"{name} is {dtype}; the kernels read and write {', '.join(TYPES)}.")
-    s = _sizes(problem)
+    s = sizes(problem)
     if s.last and s.columns > MAX_THREADS:
         raise Unsupported(
             f"groups of {s.group} channels take {s.columns} chunks of a position; a workgroup has {MAX_THREADS} threads."
@@ -171,11 +77,11 @@ def _check(problem: Problem) -> _Sizes:
 # --- forward
 
 
-def _forward(s: _Sizes) -> Cut:
+def _forward(s: Sizes) -> Cut:
     return _on_chip(s) or _in_parts(s)
 
 
-def _on_chip(s: _Sizes) -> Cut | None:
+def _on_chip(s: Sizes) -> Cut | None:
     """A block for whole groups: up to 768 threads, which leave each 80 registers (NVIDIA), 40 of them for the group.
 
     *H200*, 2x320x64x64 (channels first): 6.5 us with 512 threads, 6.7 with 640, 7.4 with 1024; in parts 7.5. With SiLU 8.2: two
@@ -197,16 +103,19 @@ def _on_chip(s: _Sizes) -> Cut | None:
     return c if fits else None
 
 
-def _tile(s: _Sizes, q: int, threads: int, parts: int = 1, blocks: float = 0.9) -> int:
+def _tile(s: Sizes, q: int, threads: int, parts: int = 1, blocks: float = 0.9) -> int:
     """Channels of a block of about ``threads`` threads: whole groups, whole chunks, no wider than the array; with few examples
-    less, so that there are ``blocks`` for each compute unit."""
+    less, so that there are ``blocks`` for each compute unit. Tiles that leave none half empty, if there are any of that size.
+
+    *H200*, 2x128x128x512: 41.4 us in tiles of 96 channels of 512; 64 divide them and take two blocks to a unit's registers."""
     tiles = _ceil(s.channels, s.narrowest)
     enough = max(1, int(s.batch * parts * tiles / (blocks * compute_units(s.problem.target))))
     times = min(tiles, enough, max(1, threads // (q * s.columns)))
-    return s.narrowest * _ceil(tiles, _ceil(tiles, times))
+    even = largest_factor(tiles, times) if _nvidia(s.problem) else 1
+    return s.narrowest * (even if 2 * even >= times else _ceil(tiles, _ceil(tiles, times)))
 
 
-def _in_parts(s: _Sizes) -> Cut:
+def _in_parts(s: Sizes) -> Cut:
     """Parts of 80 KB of 32 groups, the usual number (2.5 KB of one), channels last: with two examples of 64x64x320 two blocks for
     each of an H200's 132 compute units, all of whose bytes are on their way at once. Not more than 64 parts, or blocks would
     read more of the statistics of parts than of the image; more again where a part would have more than 256 KB.
@@ -217,7 +126,7 @@ def _in_parts(s: _Sizes) -> Cut:
     if s.last:
         large = whole >= LARGE  # a block walks over its part: three blocks to a compute unit
         parts = min(MAX_PARTS, max(min(64, _ceil(whole, 80 << 10)), whole >> 18))
-        q = max(1, min(32, _power_of_2_below(512 / s.columns), next_power_of_2(s.space)))
+        q = max(1, min(32, power_of_2_below(512 / s.columns), next_power_of_2(s.space)))
         part = _round_up(_ceil(s.space, parts), q)
         if part > 4 * q:
             part = _round_up(part, 4 * q)
@@ -229,7 +138,7 @@ def _in_parts(s: _Sizes) -> Cut:
     return Cut(_round_up(_ceil(s.chunks, parts), threads * k), k, threads)
 
 
-def _forward_candidates(s: _Sizes) -> Iterator[Cut]:
+def _forward_candidates(s: Sizes) -> Iterator[Cut]:
     base = _in_parts(s)
     if chip := _on_chip(s):
         yield chip
@@ -251,7 +160,7 @@ def _forward_candidates(s: _Sizes) -> Iterator[Cut]:
                         yield Cut(part, k, threads)
 
 
-def _wider(s: _Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], factor: float) -> Iterator[Cut]:
+def _wider(s: Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], factor: float) -> Iterator[Cut]:
     """Channels last: parts of other sizes, other lanes to a column, wider and narrower tiles."""
     for q in lanes:
         part = _round_up(max(1, int(base.part * factor)), max(q, 1))
@@ -262,7 +171,7 @@ def _wider(s: _Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], fa
                 yield Cut(part, k, q, _tile(s, q, 640, _ceil(s.space, part), blocks))
 
 
-def _map(s: _Sizes, c: Cut) -> tuple[Constants, int]:
+def _map(s: Sizes, c: Cut) -> tuple[Constants, int]:
     """The macros of JN_MAP, and the threads of a block."""
     wave = wave_size(s.problem.target)
     threads = _round_up(c.q * (c.tile // s.v), wave) if s.last else c.q
@@ -281,16 +190,16 @@ def _map(s: _Sizes, c: Cut) -> tuple[Constants, int]:
     return (*common, *shape), threads
 
 
-def _parts(s: _Sizes, c: Cut) -> int:
+def _parts(s: Sizes, c: Cut) -> int:
     return _ceil(s.space if s.last else s.chunks, c.part)
 
 
-def _blocks(s: _Sizes, c: Cut) -> int:
+def _blocks(s: Sizes, c: Cut) -> int:
     """Map::blocks"""
     return s.batch * _parts(s, c) * (_ceil(s.channels, c.tile) if s.last else s.groups)
 
 
-def _sum_bytes(s: _Sizes, c: Cut, threads: int, n: int) -> int:
+def _sum_bytes(s: Sizes, c: Cut, threads: int, n: int) -> int:
     """Map::sum_floats"""
     if not s.last:
         return 4 * n * (threads // wave_size(s.problem.target))
@@ -301,7 +210,7 @@ def _sum_bytes(s: _Sizes, c: Cut, threads: int, n: int) -> int:
     return _round_up(n * (c.q * width + kept), 4) * 4
 
 
-def _vectors(s: _Sizes) -> Constants:
+def _vectors(s: Sizes) -> Constants:
     p = s.problem
     return (
         ("JN_X", _type(p, "x")),
@@ -311,7 +220,7 @@ def _vectors(s: _Sizes) -> Constants:
     )
 
 
-def _forward_launches(s: _Sizes, c: Cut) -> tuple[Launch, ...]:
+def _forward_launches(s: Sizes, c: Cut) -> tuple[Launch, ...]:
     p, (shape, threads) = s.problem, _map(s, c)
     batches = ("batches", "i64", s.batch)
     low = p.dtype("x") == "float32"
@@ -364,7 +273,7 @@ def _forward_launches(s: _Sizes, c: Cut) -> tuple[Launch, ...]:
 # --- backward
 
 
-def _backward(s: _Sizes) -> tuple[Cut | Lines, Cut]:
+def _backward(s: Sizes) -> tuple[Cut | Lines, Cut]:
     """(how the sums are cut, how dx is)."""
     c = _in_parts(s)
     k = max(1, min(c.k, 16 // s.words))
@@ -377,15 +286,54 @@ def _backward(s: _Sizes) -> tuple[Cut | Lines, Cut]:
             cut = replace(cut, tile=cut.tile - s.narrowest)
         if _backward_shared(s, cut) > shared_memory(s.problem.target):
             cut = replace(cut, q=max(1, cut.q // 2))
-        return cut, cut
-    # dx has no sums: any cut gives the same bits, and more blocks where there are few groups.
-    # *H200*, 2x320x64x64: 3.9 us with a chunk a thread in 256 blocks, 4.6 with two in 128
-    dx = Cut(0, 1, min(512, max(64, _round_up(s.chunks, 64))))
-    blocks = max(_ceil(s.chunks, c.part), _ceil(2 * compute_units(s.problem.target), s.batch * s.groups))
-    return _lines(s, k), replace(dx, part=_round_up(_ceil(s.chunks, blocks), dx.q))
+        return (_resident_sums(s, cut), _resident_dx(s, cut)) if _nvidia(s.problem) else (cut, cut)
+    lines = _lines(s, k)
+    if _nvidia(s.problem) and s.space // s.v >= 2048:
+        lines = replace(lines, k=1)  # *H200*, 2x512x128x128: 24.3 us, 25.7 with two chunks on their way
+    return lines, _first_dx(s, c)
 
 
-def _lines(s: _Sizes, k: int, most: int = 256) -> Lines:
+def _first_dx(s: Sizes, c: Cut) -> Cut:
+    """Channels first. dx has no sums: any cut gives the same bits, and more blocks where there are few groups.
+
+    *H200*, with SiLU: 2x320x64x64 4.4 us in 640 blocks of 128 threads, 5.5 in 320 of 512; 1x256x256x256 22.8 in 2048 of 128,
+    23.6 in 1024 of 512."""
+    units = compute_units(s.problem.target)
+    if _nvidia(s.problem):
+        dx, blocks = Cut(0, 1, 128), max(_ceil(s.chunks, 1024), _ceil(5 * units, s.batch * s.groups))
+    else:
+        dx = Cut(0, 1, min(512, max(64, _round_up(s.chunks, 64))))
+        blocks = max(_ceil(s.chunks, c.part), _ceil(2 * units, s.batch * s.groups))
+    return replace(dx, part=_round_up(_ceil(s.chunks, blocks), dx.q))
+
+
+def _resident_sums(s: Sizes, c: Cut) -> Cut:
+    """Channels last, with SiLU, whose constants fill a thread's registers: fewer chunks ahead for more blocks to a unit.
+
+    *H200*, 2x64x64x320: 6.9 us with one chunk and two blocks, 7.7 with two and two, 9.3 with two and one."""
+    if not s.problem.option("silu") or s.words > 8 or s.u == 1 or c.part <= 2 * c.q:
+        return c
+    threads = _map(s, c)[1]
+    if s.u == s.v:
+        return replace(c, min_blocks=max(1, 768 // threads))
+    return replace(c, k=1, min_blocks=max(1, 640 // threads))
+
+
+def _resident_dx(s: Sizes, c: Cut) -> Cut:
+    """The same for dx, whose tile and chunks do not matter to the bits.
+
+    *H200*, 2x64x64x320: with SiLU 5.0 us with one chunk and four blocks of 160 threads, 6.7 with two and one of 320; without 4.0
+    with two and two of 320, 4.3 with two and one. 1x256x256x256 with SiLU: 24.0 with one and four of 256, 26.7 with two and one."""
+    if s.words > 8 or s.u == 1 or c.part <= c.q:
+        return c
+    if not s.problem.option("silu"):
+        return replace(c, min_blocks=max(1, 640 // _map(s, c)[1]))
+    small = replace(c, k=1, tile=min(c.tile, _tile(s, c.q, 256, _parts(s, c))))
+    blocks = min(4, (1024 if s.u == s.v else 640) // _map(s, small)[1])
+    return replace(small, min_blocks=blocks) if blocks > 1 else c
+
+
+def _lines(s: Sizes, k: int, most: int = 256) -> Lines:
     """Short channels share a block; long ones are cut into parts of 64 KB and more, at most 64."""
     wave, chunks = wave_size(s.problem.target), s.space // s.v
     if chunks <= wave * k:
@@ -396,7 +344,7 @@ def _lines(s: _Sizes, k: int, most: int = 256) -> Lines:
     return Lines(_round_up(_ceil(chunks, parts), lanes * k), k, lanes, 1)
 
 
-def _backward_candidates(s: _Sizes) -> Iterator[tuple[Cut | Lines, Cut]]:
+def _backward_candidates(s: Sizes) -> Iterator[tuple[Cut | Lines, Cut]]:
     sums, dx = _backward(s)
     for factor in (0.5, 1, 2):
         if isinstance(sums, Cut):
@@ -408,12 +356,12 @@ def _backward_candidates(s: _Sizes) -> Iterator[tuple[Cut | Lines, Cut]]:
                 yield _lines(s, k, lanes), replace(dx, part=part, k=k)
 
 
-def _backward_shared(s: _Sizes, c: Cut) -> int:
+def _backward_shared(s: Sizes, c: Cut) -> int:
     """Shared memory of group_bwd_sums."""
     return 4 * (2 * c.q * c.tile + 2 * c.tile + 2 * (c.tile // s.group))
 
 
-def _backward_launches(s: _Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ...]:
+def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ...]:
     p = s.problem
     (shape, threads), batches = _map(s, dx), ("batches", "i64", s.batch)
     vectors = (*_vectors(s), ("JN_DY", _type(p, "dy")))
@@ -461,10 +409,10 @@ def _backward_launches(s: _Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, .
     return tuple(launches)
 
 
-def _reduce_launch(s: _Sizes, rows: int) -> Launch:
+def _reduce_launch(s: Sizes, rows: int) -> Launch:
     """One block for 128 bytes of columns, as for the weight gradient of rows."""
     n = 2 * s.channels
-    v, columns, slices = _largest_power_of_2_in(n, 4), 8, 32
+    v, columns, slices = largest_power_of_2_in(n, 4), 8, 32
     return Launch(
         kernel=f"{SOURCE}:groupnorm_bwd_reduce",
         inputs=("partials",),

@@ -1,0 +1,108 @@
+"""What the HIP kernels of GroupNorm work on: sizes of a problem, and how a group is cut among threads and blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from . import ITEMSIZE, Problem
+from ._hip import _itemsize
+
+IMAGES = ("x", "dy", "y", "dx")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Part of a group, and how threads share it. ``part``: positions (channels last) or chunks (channels first)."""
+
+    part: int
+    k: int
+    """Chunks of a thread on their way at once."""
+    q: int = 1
+    """Channels last: threads that share a column of channels. Channels first: threads of a block."""
+    tile: int = 0
+    """Channels last: channels of a block."""
+    min_blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Channels first, sums of channels: ``lanes`` threads to a part of ``part`` chunks, ``lines`` of them in a block."""
+
+    part: int
+    k: int
+    lanes: int
+    lines: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A problem in the terms of the kernels."""
+
+    problem: Problem
+    last: bool
+    batch: int
+    space: int
+    channels: int
+    group: int
+    """Channels of a group."""
+    wide: int
+    """Most elements of a chunk: 16 bytes of the narrowest image."""
+
+    @property
+    def v(self) -> int:
+        """Elements of a chunk: as ``wide`` as a row of channels, or the positions of a channel, allow."""
+        return largest_power_of_2_in(self.channels if self.last else self.space, self.wide)
+
+    @property
+    def u(self) -> int:
+        """Neighbouring channels that are in one group whatever the chunk."""
+        return largest_power_of_2_in(self.group, self.wide)
+
+    @property
+    def columns(self) -> int:
+        """Channels last: chunks of the narrowest tile of whole groups, the same for every v."""
+        return self.group // self.u
+
+    @property
+    def narrowest(self) -> int:
+        """Channels of that tile."""
+        return self.columns * self.v
+
+    @property
+    def words(self) -> int:
+        """Registers that a chunk takes while it waits."""
+        return max(1, self.wide * sum(_itemsize(self.problem, n) for n in ("x", "dy")) // 4)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a group: of the narrowest tile, channels last."""
+        return self.space * self.columns if self.last else self.group * self.space // self.v
+
+    @property
+    def groups(self) -> int:
+        return self.channels // self.group
+
+
+def largest_power_of_2_in(n: int, most: int) -> int:
+    p = 1
+    while p * 2 <= most and n % (p * 2) == 0:
+        p *= 2
+    return p
+
+
+def largest_factor(n: int, most: int) -> int:
+    return max(f for f in range(1, most + 1) if n % f == 0)
+
+
+def power_of_2_below(n: float) -> int:
+    return 1 << (max(int(n), 1).bit_length() - 1)
+
+
+def sizes(problem: Problem) -> Sizes:
+    shape, last = problem.shape("x"), bool(problem.option("last"))
+    space, channels = (prod(shape[1:-1]), shape[-1]) if last else (prod(shape[2:]), shape[1])
+    group = problem.option("group_channels")
+    assert isinstance(group, int)
+    wide = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name in IMAGES)
+    return Sizes(problem, last, problem.rows, space, channels, group, wide)
