@@ -56,7 +56,7 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, x_bias, residual, residual_out,
                                                                                 JN_N};
 #else
-  const PlainSource<JN_X, JN_V> source{x, JN_N};
+  const SumSource<JN_X, None, None, JN_V, false> source{x, nullptr, nullptr, nullptr, JN_N};
 #endif
   JN_QUANTISE(source, LayerNorm<JN_N>{JN_EPS}, Weights{weight, bias, smooth, y, JN_OFFSET},
               QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);

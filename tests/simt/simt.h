@@ -77,6 +77,23 @@ inline float shuffle_xor(float v, int mask) {
   yield(Wait::kShuffle);  // every lane has read
   return r;
 }
+inline float shuffle_from(float v, int lanes, int from) {
+  const int t = current;
+  exchange[t] = v;
+  yield(Wait::kShuffle);
+  const float r = exchange[t / lanes * lanes + from];
+  yield(Wait::kShuffle);
+  return r;
+}
+inline bool any(bool b) {
+  const int t = current;
+  exchange[t] = b ? 1.f : 0.f;
+  yield(Wait::kShuffle);
+  const auto first = exchange.begin() + t / wave * wave;
+  const bool r = std::any_of(first, first + wave, [](float v) { return v != 0.f; });
+  yield(Wait::kShuffle);
+  return r;
+}
 
 // For kernels that wait for other devices, which are other threads of the process with fibers of their own.
 inline void pause() { std::this_thread::yield(); }

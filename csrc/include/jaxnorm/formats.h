@@ -37,11 +37,20 @@ struct FP4 {
 enum class Beyond { kRounds, kClips, kOverflows };
 template <class F> struct Conversion {
   static constexpr Beyond beyond = Beyond::kRounds;
+  static constexpr float unit = 1.f;  // what encode() takes for a value of 1
 };
 #define JN_CONVERSION(format, what)                \
   template <> struct Conversion<format> {          \
     static constexpr Beyond beyond = Beyond::what; \
+    static constexpr float unit = 1.f;             \
   }
+#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 900
+#define JN_HALF_FP4 1
+template <> struct Conversion<FP4> {
+  static constexpr Beyond beyond = Beyond::kRounds;
+  static constexpr float unit = 0x1.008p-14f;  // see half_fp4
+};
+#endif
 #if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 890
 #define JN_HARDWARE_FN 1
 JN_CONVERSION(E4M3FN, kClips);
@@ -154,16 +163,58 @@ JN_DEV u32 four_codes(NativeE5M2, float a, float b, float c, float d) {
 }
 #endif
 
+#if defined(JN_HALF_FP4)
+// Two fp4 codes at once, through float16. Rounding twice is safe because of the unit: with 513 * 2^-23 for 1, each of
+// the seven values between two codes, 0.25 to 5, lies in the middle between two neighbouring float16 (subnormal ones up
+// to 1), and its even neighbour, which a tie takes, is on the side of the even code. So the first rounding has chosen
+// the code, and the second may be any that has its steps near the middles: lines of slope 2, 1 and 1/2 per unit, each
+// rounded to an integer by the addition of a large number, of which the least is the code. Codes in the lowest bits of
+// both halves. tests/test_hip_quant_simt.py goes through every float32.
+struct HalfFP4 {
+  u32 codes, signs;  // signs: bits 15 and 31, among others
+};
+JN_DEV HalfFP4 half_fp4(float a, float b) {
+  HalfFP4 h;
+  u32 steps[3], magnitude;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h.signs) : "f"(b), "f"(a));
+  asm("abs.f16x2 %0, %1;" : "=r"(magnitude) : "r"(h.signs));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(steps[0]) : "r"(magnitude), "r"(0x77fc77fcu), "r"(0x66006600u));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(steps[1]) : "r"(magnitude), "r"(0x73fc73fcu), "r"(0x66026602u));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(steps[2]) : "r"(magnitude), "r"(0x6ffc6ffcu), "r"(0x66046604u));
+  asm("{.reg .b32 t; min.u16x2 t, %1, %2; min.u16x2 %0, t, %3;}"
+      : "=r"(h.codes)
+      : "r"(steps[0]), "r"(steps[1]), "r"(steps[2]));
+  return h;
+}
+template <u32 SELECT> JN_DEV u32 permuted(u32 a, u32 b) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "n"(SELECT));
+  return r;
+}
+// The codes of up to four pairs, of elements (0, 2), (1, 3), (4, 6), (5, 7), as eight halves of bytes.
+JN_DEV u32 packed_fp4(const HalfFP4& e, const HalfFP4& o, const HalfFP4& more_e, const HalfFP4& more_o) {
+  constexpr u32 low = 0x6420, sign = 0xfdb9;  // bytes with a code; the signs of bytes 1 and 3, eight times each
+  const u32 codes = permuted<low>(e.codes, more_e.codes) + permuted<low>(o.codes, more_o.codes) * 16;
+  const u32 even = permuted<sign>(e.signs, more_e.signs), odd = permuted<sign>(o.signs, more_o.signs);
+  return codes | (even & 0x08080808u) | (odd & 0x80808080u);
+}
+#endif
+
 // Two fp4 codes in a byte, the first in the low half.
 JN_DEV u32 two_fp4(float a, float b) {
-#if defined(__gfx950__)
+#if defined(JN_HALF_FP4)
+  const HalfFP4 h = half_fp4(a, b);
+  return (h.codes & 7u) | (h.codes >> 12 & 0x70u) | (h.signs >> 12 & 8u) | (h.signs >> 24 & 0x80u);
+#elif defined(__gfx950__)
   return __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(0u, a, b, 1.f, 0) & 0xffu;
 #else
   return fp4_high(a) >> 28 | (fp4_high(b) >> 28) << 4;
 #endif
 }
 JN_DEV u32 eight_fp4(const float (&f)[8]) {
-#if defined(__gfx950__)
+#if defined(JN_HALF_FP4)
+  return packed_fp4(half_fp4(f[0], f[2]), half_fp4(f[1], f[3]), half_fp4(f[4], f[6]), half_fp4(f[5], f[7]));
+#elif defined(__gfx950__)
   u32 w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(0u, f[0], f[1], 1.f, 0);
   w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[2], f[3], 1.f, 1);
   w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[4], f[5], 1.f, 2);

@@ -82,6 +82,8 @@ JN_DEV u32 block_x() { return simt::block().x; }
 JN_DEV u32 block_y() { return simt::block().y; }
 JN_DEV void barrier() { simt::barrier(); }
 template <int D> JN_DEV float shfl_xor(float v) { return simt::shuffle_xor(v, D); }
+template <int LANES, int FROM> JN_DEV float shfl_from(float v) { return simt::shuffle_from(v, LANES, FROM); }
+JN_DEV bool any_lane(bool b) { return simt::any(b); }
 JN_DEV unsigned char* shared_memory() { return simt::shared(); }
 JN_DEV float reciprocal_sqrt(float v) { return 1.f / __builtin_sqrtf(v); }
 JN_DEV float exp2_fast(float v) { return __builtin_exp2f(v); }
@@ -93,6 +95,9 @@ JN_DEV u32 block_x() { return blockIdx.x; }
 JN_DEV u32 block_y() { return blockIdx.y; }
 JN_DEV void barrier() { __syncthreads(); }
 template <int D> JN_DEV float shfl_xor(float v) { return __shfl_xor_sync(0xffffffffu, v, D); }
+// v of lane FROM of each aligned run of LANES lanes
+template <int LANES, int FROM> JN_DEV float shfl_from(float v) { return __shfl_sync(0xffffffffu, v, FROM, LANES); }
+JN_DEV bool any_lane(bool b) { return __any_sync(0xffffffffu, b); }
 JN_DEV unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;

@@ -184,6 +184,7 @@ template <class S> struct NoNorm {
 
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
+template <int I> struct Counter {};
 
 template <class S, class Q, class Source, class Norm, class Weights, class Store> struct QuantRow {
   using OneRow = Row<S, Source>;
@@ -193,12 +194,15 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
   // wave, or the waves must meet in shared memory.
   static constexpr int GROUP = Q::GROUP / V, VIRTUAL_WAVES = ceil_div(S::CHUNKS, kWave);
   static constexpr bool whole = Q::GROUP == 0, in_wave = S::Sum::in_wave, in_slot = GROUP <= min_of(LANES, kWave);
+  static constexpr int RUN = max_of(1, GROUP / LANES);  // slots of a group, in a wave
   static constexpr int entries = Q::STATIC || in_wave ? 0 : whole ? LANES / kWave : in_slot ? 0 : VIRTUAL_WAVES;
   static constexpr int bytes = ceil_div(entries, 4) * 16;  // of shared memory for maxima
-  // One scale a row: z waits for its factor rstd, so that the maximum is exchanged together with the sum, and the codes
-  // do not need rstd at all.
-  static constexpr bool deferred =
-      whole && !Q::STATIC && !Q::BOUNDED && !Q::POWER && Norm::SCALES && Weights::multiplies;
+  // z waits for its factor rstd, so that the maxima are exchanged together with the sum, and the codes do not need z
+  // times rstd at all: its product with a power of two, or none for a float32 scale.
+  static constexpr bool deferred = !Q::STATIC && !Q::BOUNDED && Norm::SCALES && Weights::multiplies;
+  // Groups within a slot: BATCH slots at a time, whose scales the lanes of a group divide among them.
+  static constexpr bool divided = kDividesScales && in_slot && !whole && !Q::STATIC && GROUP > 1 && REGS > 1;
+  static constexpr int BATCH = divided ? min_of(next_power_of_2(REGS), GROUP) : 1, BATCHES = ceil_div(REGS, BATCH);
 
   OneRow& row;
   const Norm& norm;
@@ -244,24 +248,21 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
 
   // then() is called when no chunk of the row is wanted any more but those of the registers.
   template <class Then> JN_DEV void run(float* sums, const float* static_scale, float bound, Then then) {
-    float z[REGS][V];
+    float z[REGS][V], a[REGS];
     if constexpr (deferred) {
-      float a;
       state = norm.statistics(row, sums, [&] {
         make_z(z);
-        a = lane_max(z);
-        put_max(a);
+        find_maxima(z, a);
       });
       then();
-      const Scale<Q> scale = Scale<Q>::of_scaled_max(get_max(a), state.rstd);
-      if (row.active && row.lane == 0) store.store_scale(row.row, 0, scale.stored);
-      encode_all(z, scale);
     } else {
       state = norm.statistics(row, sums);
       then();
       make_z(z);
-      quantise(z, static_scale, bound);
+      find_maxima(z, a);
+      if constexpr (entries > 0) barrier();
     }
+    quantise(z, a, static_scale, bound);
     if (!row.active) return;
     store.finish_row(row.row, row.lane);
     weights.finish_row(row.row, row.lane);
@@ -278,45 +279,71 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
       to_z<true, true>(k, z[k]);
     }
   }
-  JN_DEV void quantise(float (&z)[REGS][V], const float* static_scale, float bound) const {
+  JN_DEV Scale<Q> scale_of(float a, float bound) const {
+    if constexpr (deferred)
+      return Scale<Q>::of_scaled_max(a, state.rstd);
+    else
+      return Scale<Q>::of_max(a, bound);
+  }
+
+  // Maxima over what a lane can see of its groups, or the row; those of several waves go to shared memory, which takes
+  // a barrier. a: by slot, batch, or a[0] of the row.
+  JN_DEV void find_maxima(const float (&z)[REGS][V], float (&a)[REGS]) const {
     if constexpr (Q::STATIC) {
-      encode_all(z, Scale<Q>::fixed(static_scale));
+      return;
     } else if constexpr (whole) {
-      const Scale<Q> scale = Scale<Q>::of_max(row_max(z), bound);
-      if (row.active && row.lane == 0) store.store_scale(row.row, 0, scale.stored);
-      encode_all(z, scale);
-    } else if constexpr (in_slot) {
-      float a[REGS];  // all shuffles first: they wait together
+      a[0] = lane_max(z);
+      put_max(a[0]);
+    } else if constexpr (divided) {
+#pragma unroll
+      for (int b = 0; b < BATCHES; ++b) {
+        float v[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          const int k = b * BATCH + i;
+          v[i] = k < REGS ? slot_max(k, z[min_of(k, REGS - 1)]) : 0.f;
+        }
+        a[b] = packed_max<GROUP>(v, row.lane);
+      }
+    } else if constexpr (in_slot) {  // all shuffles first: they wait together
 #pragma unroll
       for (int k = 0; k < REGS; ++k) a[k] = lanes_max<GROUP>(slot_max(k, z[k]));
-#pragma unroll
-      for (int k = 0; k < REGS; ++k) encode_group(k, z[k], a[k], bound);
-      each_late<true>([&](int k, float (&f)[V]) { encode_group(k, f, lanes_max<GROUP>(slot_max(k, f)), bound); });
     } else if constexpr (in_wave) {
-      constexpr int run = max_of(1, GROUP / LANES);  // slots of a group
-      float a[REGS];
 #pragma unroll
       for (int k = 0; k < REGS; ++k) {
         a[k] = slot_max(k, z[k]);
-        if (k % run > 0) a[k] = max_or_nan(a[k], a[k - 1]);
+        if (k % RUN > 0) a[k] = max_or_nan(a[k], a[k - 1]);
       }
+    } else {
+#pragma unroll
+      for (int k = 0; k < REGS; ++k) put_slot(k, z[k]);
+      each_late<false>([&](int k, float (&f)[V]) { put_slot(k, f); });
+    }
+  }
+  JN_DEV void quantise(float (&z)[REGS][V], const float (&a)[REGS], const float* static_scale, float bound) const {
+    if constexpr (Q::STATIC) {
+      encode_all(z, Scale<Q>::fixed(static_scale));
+    } else if constexpr (whole) {
+      const Scale<Q> scale = scale_of(get_max(a[0]), bound);
+      if (row.active && row.lane == 0) store.store_scale(row.row, 0, scale.stored);
+      encode_all(z, scale);
+    } else if constexpr (in_slot) {
+      if constexpr (divided) {
+#pragma unroll
+        for (int b = 0; b < BATCHES; ++b) encode_batch(b * BATCH, z, scale_of(a[b], bound), Counter<0>{});
+      } else {
+#pragma unroll
+        for (int k = 0; k < REGS; ++k) encode_group(k, z[k], a[k], bound);
+      }
+      each_late<true>([&](int k, float (&f)[V]) { encode_group(k, f, lanes_max<GROUP>(slot_max(k, f)), bound); });
+    } else if constexpr (in_wave) {
 #pragma unroll
       for (int k = 0; k < REGS; ++k) {
         constexpr int last = REGS - 1;
-        const int end = min_of(k / run * run + run - 1, last);
+        const int end = min_of(k / RUN * RUN + RUN - 1, last);
         encode_group(k, z[k], lanes_max<LANES>(a[end]), bound);
       }
     } else {
-      const u32 wave = row.lane / kWave;
-      auto put = [&](int k, float (&f)[V]) {
-        const float a = lanes_max<kWave>(slot_max(k, f));
-        const u32 entry = k * (LANES / kWave) + wave;
-        if (row.lane % kWave == 0 && entry < u32(VIRTUAL_WAVES)) maxima[entry] = a;
-      };
-#pragma unroll
-      for (int k = 0; k < REGS; ++k) put(k, z[k]);
-      each_late<false>(put);
-      barrier();
 #pragma unroll
       for (int k = 0; k < REGS; ++k) encode_group(k, z[k], entries_max(k), bound);
       each_late<true>([&](int k, float (&f)[V]) { encode_group(k, f, entries_max(k), bound); });
@@ -328,16 +355,36 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
     each_late<true>([&](int k, float (&f)[V]) { encode_slot(k, f, scale); });
   }
   JN_DEV void encode_group(int k, float (&z)[V], float a, float bound) const {
-    const Scale<Q> scale = Scale<Q>::of_max(a, bound);
+    const Scale<Q> scale = scale_of(a, bound);
     const u32 chunk = k * LANES + row.lane;
     if (row.has(k) && chunk % GROUP == 0) store.store_scale(row.row, chunk / GROUP, scale.stored);
     encode_slot(k, z, scale);
   }
-  JN_DEV float row_max(const float (&z)[REGS][V]) const {
-    const float a = lane_max(z);
-    put_max(a);
-    if constexpr (!in_wave) barrier();
-    return get_max(a);
+  // Slots first .. first + BATCH - 1, of which this lane has the scale of one.
+  JN_DEV void encode_batch(int first, float (&z)[REGS][V], const Scale<Q>& mine, Counter<0>) const {
+    const int k = first + max_index<GROUP, BATCH>(row.lane);
+    if (k < REGS && row.has(k) && row.lane % (GROUP / BATCH) == 0)
+      store.store_scale(row.row, (k * LANES + row.lane) / GROUP, mine.stored);
+    if (any_lane(!mine.direct)) lift_slots(first, z, mine, Counter<0>{});
+    encode_slots(first, z, mine, Counter<0>{});
+  }
+  template <int I> JN_DEV void lift_slots(int first, float (&z)[REGS][V], const Scale<Q>& mine, Counter<I>) const {
+    if constexpr (I < BATCH) {
+      if (first + I < REGS) mine.template lift_from_lane<GROUP, max_lane(GROUP, I)>(z[min_of(first + I, REGS - 1)]);
+      lift_slots(first, z, mine, Counter<I + 1>{});
+    }
+  }
+  template <int I> JN_DEV void encode_slots(int first, float (&z)[REGS][V], const Scale<Q>& mine, Counter<I>) const {
+    if constexpr (I < BATCH) {
+      if (first + I < REGS)
+        encode_slot(first + I, z[min_of(first + I, REGS - 1)], mine.template from_lane<GROUP, max_lane(GROUP, I)>());
+      encode_slots(first, z, mine, Counter<I + 1>{});
+    }
+  }
+  JN_DEV void put_slot(int k, const float (&z)[V]) const {
+    const float a = lanes_max<kWave>(slot_max(k, z));
+    const u32 entry = k * (LANES / kWave) + row.lane / kWave;
+    if (row.lane % kWave == 0 && entry < u32(VIRTUAL_WAVES)) maxima[entry] = a;
   }
   // Over the lanes of a row in this wave, ...
   JN_DEV float lane_max(const float (&z)[REGS][V]) const {

@@ -66,6 +66,37 @@ template <int LANES> JN_DEV float lanes_max(float v) {
     return v;
 }
 
+// The same of COUNT values, one of which each lane gets: at each distance a lane keeps half of them and gives the other
+// half away, as in packed_sum. COUNT is a power of two, LANES at most.
+template <int LANES, int COUNT> JN_DEV float packed_max(const float (&v)[COUNT], u32 lane) {
+  if constexpr (COUNT == 1) {
+    return lanes_max<LANES>(v[0]);
+  } else {
+    float half[COUNT / 2];
+    const bool upper = (lane & (LANES / 2)) != 0;
+#pragma unroll
+    for (int j = 0; j < COUNT / 2; ++j) {
+      const float keep = upper ? v[2 * j + 1] : v[2 * j], give = upper ? v[2 * j] : v[2 * j + 1];
+      half[j] = max_or_nan(keep, shfl_xor<LANES / 2>(give));
+    }
+    return packed_max<LANES / 2>(half, lane);
+  }
+}
+// Which value that is, and the first lane of a run that has value i.
+template <int LANES, int COUNT> JN_DEV int max_index(u32 lane) {
+  if constexpr (COUNT == 1)
+    return 0;
+  else
+    return ((lane & (LANES / 2)) != 0 ? 1 : 0) + 2 * max_index<LANES / 2, COUNT / 2>(lane);
+}
+JN_CONST int max_lane(int lanes, int i) { return i == 0 ? 0 : i % 2 * (lanes / 2) + max_lane(lanes / 2, i / 2); }
+// Whether lanes divide the scales among them. AMD's exchanges are operands of the maximum, and cost nothing to save.
+#if defined(JN_AMD) || (defined(JN_SIMT) && JN_WAVE == 64)
+constexpr bool kDividesScales = false;
+#else
+constexpr bool kDividesScales = true;
+#endif
+
 // ---- scales
 
 // z / s correctly rounded, from r = 1 / s correctly rounded: no underflow on the way for 2^-100 <= s <= 2^126, except
@@ -112,9 +143,9 @@ JN_DEV int opaque(int v) {
 // What the values of a group are divided by.
 template <class Q> struct Scale {
   using Code = typename Q::Code;
-  float s, r;  // e8m0: r alone, a power of two
+  float s, r;  // e8m0: r alone, the units that encode() takes included
   bool
-      direct;  // quotient() can take s as it is; if not, and unless static, z is first multiplied with `before`, `lift`
+      direct;  // z can be divided as it is; if not, and unless static, z is first multiplied with `before`, `lift`
   u32 stored;  // float32 bits, or the exponent
   float before = 1.f, lift = kLift;
 
@@ -122,10 +153,9 @@ template <class Q> struct Scale {
     if constexpr (Q::BOUNDED) a = a > bound ? bound : a;
     Scale scale;
     if constexpr (Q::POWER) {
-      const u32 e = exponent(a);
-      scale.stored = e;
-      scale.r = bits_f32(e == 255 ? 0x7fc00000u : e == 254 ? 0x00400000u : (254 - e) << 23);
-      scale.s = 1.f, scale.direct = true;
+      scale = of_power(exponent(a));
+      scale.direct = is_moderate(scale.stored);
+      scale.r = unit * (scale.direct ? scale.lift : 1.f);
     } else {
       constexpr float inverse = 1.f / Code::top;
       constexpr u32 low = (127 - 80) << 23, high = 0x7f7fffffu;  // 2^-80 to the largest number
@@ -148,11 +178,18 @@ template <class Q> struct Scale {
   // stored is the scale of the products, what divides is the scale of the values as they are. The same codes but for
   // the rounding of the products, and the maximum need not wait for the factor.
   static JN_DEV Scale of_scaled_max(float a, float factor) {
-    static_assert(!Q::POWER && !Q::BOUNDED && !Q::STATIC, "a float32 scale from the maximum");
+    static_assert(!Q::BOUNDED && !Q::STATIC, "a scale from the maximum");
     constexpr float inverse = 1.f / Code::top;
     constexpr u32 low = (127 - 80) << 23, high = 0x7f7fffffu;
     const float m = a * factor;
     Scale scale;
+    if constexpr (Q::POWER) {
+      scale = of_power(exponent(m));
+      scale.direct = is_moderate(scale.stored) && is_moderate(f32_bits(factor) >> 23);
+      scale.r = unit * (scale.direct ? factor * scale.lift : 1.f);
+      scale.before = factor;
+      return scale;
+    }
     scale.direct = f32_bits(a) - low <= high - low && f32_bits(m) - low <= high - low;
     if (scale.direct) {
       scale.stored = f32_bits(quotient(m, Code::top, inverse));
@@ -177,6 +214,23 @@ template <class Q> struct Scale {
   }
   static constexpr u32 one = Q::POWER ? 127u : 0x3f800000u;  // of a group of zeros
 
+  // Those of lane FROM of each run of LANES lanes; z is lifted before.
+  template <int LANES, int FROM> JN_DEV Scale from_lane() const {
+    Scale scale;
+    scale.s = Q::POWER ? 1.f : shfl_from<LANES, FROM>(s);
+    scale.r = shfl_from<LANES, FROM>(r);
+    scale.direct = true;
+    return scale;
+  }
+  // What must happen to z of such a lane if not `direct`.
+  template <int LANES, int FROM, int V> JN_DEV void lift_from_lane(float (&z)[V]) const {
+    const bool kept = Code::integer && !finite();
+    const float b = shfl_from<LANES, FROM>(direct ? 1.f : before), l = shfl_from<LANES, FROM>(direct ? 1.f : lift);
+    const bool gone = shfl_from<LANES, FROM>(kept ? 1.f : 0.f) != 0.f;
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = gone ? 0.f : z[i] * b * l;
+  }
+
   JN_DEV void divide(float& z) const {
     if constexpr (Q::POWER) {
       z *= r;
@@ -188,21 +242,20 @@ template <class Q> struct Scale {
       z = quotient(z, s, r);
     }
   }
-  // z / s, clipped where it can lie outside of the format
+  // z / s in units of the conversion, clipped where it can lie outside of the format
   template <int V> JN_DEV void apply(float (&z)[V]) const {
     if (Q::STATIC && !direct) {
 #pragma unroll
       for (int i = 0; i < V; ++i) z[i] = z[i] / s;
     } else {
-      if constexpr (!Q::POWER && !Q::STATIC) {
+      if constexpr (!Q::STATIC) {
         // A tiny s was lifted, so z must be. A scale that is not finite has codes that nobody looks at: int8, which has
         // no NaN, gets zeros. A loop that runs at most once, which no compiler can know: it would turn a branch into V
         // predicated multiplications that every row pays for.
-        const bool finite = (stored & 0x7f800000u) != 0x7f800000u;
 #pragma unroll 1
         for (int rounds = opaque(direct ? 0 : 1); rounds > 0; --rounds) {
 #pragma unroll
-          for (int i = 0; i < V; ++i) z[i] = Code::integer && !finite ? 0.f : z[i] * before * lift;
+          for (int i = 0; i < V; ++i) z[i] = Code::integer && !finite() ? 0.f : z[i] * before * lift;
         }
       }
 #pragma unroll
@@ -210,7 +263,7 @@ template <class Q> struct Scale {
     }
     if constexpr (Q::clips) {  // NaN only where the scale is no number
 #pragma unroll
-      for (int i = 0; i < V; ++i) z[i] = clip<Q::STATIC>(z[i], Code::top);
+      for (int i = 0; i < V; ++i) z[i] = clip<Q::STATIC>(z[i], Code::top * unit);
     }
     if constexpr (Code::integer && Q::STATIC) {
 #pragma unroll
@@ -219,20 +272,32 @@ template <class Q> struct Scale {
   }
 
  private:
+  static constexpr float unit = Conversion<Code>::unit;
+
+  JN_DEV bool finite() const { return Q::POWER ? stored != 255 : (stored & 0x7f800000u) != 0x7f800000u; }
+  // Within 2^50 of 1: products of two such and a unit are normal numbers, and what they make subnormal has code zero.
+  static JN_DEV bool is_moderate(u32 e) { return e - (127 - 50) <= 100u; }
+  // An e8m0 scale whose lift is its inverse, for an e below 254.
+  static JN_DEV Scale of_power(u32 e) {
+    Scale scale;
+    scale.stored = e;
+    scale.s = 1.f;
+    scale.lift = bits_f32(e == 255 ? 0x7fc00000u : (254 - e) << 23);
+    return scale;
+  }
+  // From 1 to 253, or 255: the quotient by the top, which is 6 at least, is a normal number.
   static JN_DEV u32 exponent(float a) {
     constexpr float inverse = 1.f / Code::top;
     const float t = a * inverse;
-    const u32 bits = f32_bits(Q::EXPONENT == Exponent::kUp ? t : a);
-    int e;
+    u32 e;
     if constexpr (Q::EXPONENT == Exponent::kUp)
-      e = int(bits >> 23) + ((bits & 0x7fffffu) != 0);
+      e = (f32_bits(t) + 0x7fffffu) >> 23;
     else if constexpr (Q::EXPONENT == Exponent::kDown)
-      e = int(bits >> 23) - Code::top_exponent;
+      e = (f32_bits(a) >> 23) - Code::top_exponent;
     else
-      e = int((bits + (1u << (22 - Code::MANTISSA))) >> 23) - Code::top_exponent;
-    e = max_of(1, min_of(254, e));
+      e = ((f32_bits(a) + (1u << (22 - Code::MANTISSA))) >> 23) - Code::top_exponent;
     if (t < 0x1p-126f) e = 127;
-    return a <= kLargest ? u32(e) : 255u;
+    return a <= kLargest ? e : 255u;
   }
 };
 
