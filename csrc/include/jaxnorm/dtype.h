@@ -95,6 +95,39 @@ JN_DEV void unpack2(F16, u32 w, float& lo, float& hi) {
 #endif
 }
 
+// Two float16 in a word, worked on at once: what sm_90 has instructions for.
+#if defined(JN_SIMT) && JN_WAVE == 32
+#define JN_HALF_PAIRS 1
+template <class F> inline u32 each_half(F f) { return f(0) | f(16) << 16; }
+inline u32 magnitude_pair(u32 w) { return w & 0x7fff7fffu; }
+inline u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
+  auto at = [](u32 w, int i) { return double(half_value(w >> i & 0xffffu)); };
+  return each_half([&](int i) { return half_bits(float(at(a, i) * at(b, i) + at(c, i))); });
+}
+inline u32 least_pair(u32 a, u32 b, u32 c) {
+  auto least = [](u32 x, u32 y) { return x < y ? x : y; };
+  return each_half([&](int i) { return least(a >> i & 0xffffu, least(b >> i & 0xffffu, c >> i & 0xffffu)); });
+}
+#elif defined(JN_NVIDIA) && __CUDA_ARCH__ >= 900
+#define JN_HALF_PAIRS 1
+JN_DEV u32 magnitude_pair(u32 w) {
+  u32 r;
+  asm("abs.f16x2 %0, %1;" : "=r"(r) : "r"(w));
+  return r;
+}
+JN_DEV u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+// of the bits
+JN_DEV u32 least_pair(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("{.reg .b32 t; min.u16x2 t, %1, %2; min.u16x2 %0, t, %3;}" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+#endif
+
 // The same for bits that were unpacked before. A compiler would keep the earlier results in registers, twice as many as
 // the bits take. ptxas does not recognise byte permutations as the same thing; clang must not know where the bits come
 // from.

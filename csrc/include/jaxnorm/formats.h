@@ -44,8 +44,7 @@ template <class F> struct Conversion {
     static constexpr Beyond beyond = Beyond::what; \
     static constexpr float unit = 1.f;             \
   }
-#if defined(JN_NVIDIA) && __CUDA_ARCH__ >= 900
-#define JN_HALF_FP4 1
+#if defined(JN_HALF_PAIRS)
 template <> struct Conversion<FP4> {
   static constexpr Beyond beyond = Beyond::kRounds;
   static constexpr float unit = 0x1.008p-14f;  // see half_fp4
@@ -125,6 +124,29 @@ JN_DEV u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
 #endif
 }
 
+#if defined(JN_HALF_PAIRS)
+// Bytes 0 and 2 of two words.
+JN_DEV u32 even_bytes(u32 a, u32 b) {
+#if defined(JN_NVIDIA)
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, 0x6420;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  return pack_bytes(a, a >> 16, b, b >> 16);
+#endif
+}
+// The highest bits of bytes 1 and 3 of two words, each in all bits of a byte.
+JN_DEV u32 odd_signs(u32 a, u32 b) {
+#if defined(JN_NVIDIA)
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  return (pack_bytes(a >> 8, a >> 24, b >> 8, b >> 24) >> 7 & 0x01010101u) * 0xffu;
+#endif
+}
+#endif
+
 // Four codes of a byte each in a word, the first in the lowest byte.
 template <class F> JN_DEV u32 four_codes(F, float a, float b, float c, float d) {
   return pack_bytes(float8_bits<F>(a), float8_bits<F>(b), float8_bits<F>(c), float8_bits<F>(d));
@@ -163,46 +185,35 @@ JN_DEV u32 four_codes(NativeE5M2, float a, float b, float c, float d) {
 }
 #endif
 
-#if defined(JN_HALF_FP4)
+#if defined(JN_HALF_PAIRS)
 // Two fp4 codes at once, through float16. Rounding twice is safe because of the unit: with 513 * 2^-23 for 1, each of
 // the seven values between two codes, 0.25 to 5, lies in the middle between two neighbouring float16 (subnormal ones up
 // to 1), and its even neighbour, which a tie takes, is on the side of the even code. So the first rounding has chosen
-// the code, and the second may be any that has its steps near the middles: lines of slope 2, 1 and 1/2 per unit, each
-// rounded to an integer by the addition of a large number, of which the least is the code. Codes in the lowest bits of
-// both halves. tests/test_hip_quant_simt.py goes through every float32.
+// the code, and the second may be any that has its steps near the middles: lines of slope 2, 1 and 1/2, each rounded to
+// an integer by the addition of a large number; the least of them is the code. tests/test_hip_fp4.py proves it.
 struct HalfFP4 {
-  u32 codes, signs;  // signs: bits 15 and 31, among others
+  u32 codes, signs;  // in the lowest bits of both halves; in the highest, others below
 };
 JN_DEV HalfFP4 half_fp4(float a, float b) {
-  HalfFP4 h;
-  u32 steps[3], magnitude;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h.signs) : "f"(b), "f"(a));
-  asm("abs.f16x2 %0, %1;" : "=r"(magnitude) : "r"(h.signs));
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(steps[0]) : "r"(magnitude), "r"(0x77fc77fcu), "r"(0x66006600u));
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(steps[1]) : "r"(magnitude), "r"(0x73fc73fcu), "r"(0x66026602u));
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(steps[2]) : "r"(magnitude), "r"(0x6ffc6ffcu), "r"(0x66046604u));
-  asm("{.reg .b32 t; min.u16x2 t, %1, %2; min.u16x2 %0, t, %3;}"
-      : "=r"(h.codes)
-      : "r"(steps[0]), "r"(steps[1]), "r"(steps[2]));
-  return h;
+  constexpr u32 slopes[3] = {0x77fc77fcu, 0x73fc73fcu, 0x6ffc6ffcu};   // 2^24 / 513 in float16, its half, its quarter
+  constexpr u32 offsets[3] = {0x66006600u, 0x66026602u, 0x66046604u};  // 1536 and where the lines begin: 0, 2, 4
+  const u32 signs = pack2(F16{}, a, b), m = magnitude_pair(signs);
+  const u32 codes = least_pair(fused_multiply_add_pair(m, slopes[0], offsets[0]),
+                               fused_multiply_add_pair(m, slopes[1], offsets[1]),
+                               fused_multiply_add_pair(m, slopes[2], offsets[2]));
+  return HalfFP4{codes, signs};
 }
-template <u32 SELECT> JN_DEV u32 permuted(u32 a, u32 b) {
-  u32 r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "n"(SELECT));
-  return r;
-}
-// The codes of up to four pairs, of elements (0, 2), (1, 3), (4, 6), (5, 7), as eight halves of bytes.
-JN_DEV u32 packed_fp4(const HalfFP4& e, const HalfFP4& o, const HalfFP4& more_e, const HalfFP4& more_o) {
-  constexpr u32 low = 0x6420, sign = 0xfdb9;  // bytes with a code; the signs of bytes 1 and 3, eight times each
-  const u32 codes = permuted<low>(e.codes, more_e.codes) + permuted<low>(o.codes, more_o.codes) * 16;
-  const u32 even = permuted<sign>(e.signs, more_e.signs), odd = permuted<sign>(o.signs, more_o.signs);
+// Pairs of the elements (0, 2), (4, 6), (1, 3), (5, 7) as eight halves of bytes.
+JN_DEV u32 packed_fp4(const HalfFP4& e, const HalfFP4& more_e, const HalfFP4& o, const HalfFP4& more_o) {
+  const u32 codes = even_bytes(e.codes, more_e.codes) + even_bytes(o.codes, more_o.codes) * 16;
+  const u32 even = odd_signs(e.signs, more_e.signs), odd = odd_signs(o.signs, more_o.signs);
   return codes | (even & 0x08080808u) | (odd & 0x80808080u);
 }
 #endif
 
 // Two fp4 codes in a byte, the first in the low half.
 JN_DEV u32 two_fp4(float a, float b) {
-#if defined(JN_HALF_FP4)
+#if defined(JN_HALF_PAIRS)
   const HalfFP4 h = half_fp4(a, b);
   return (h.codes & 7u) | (h.codes >> 12 & 0x70u) | (h.signs >> 12 & 8u) | (h.signs >> 24 & 0x80u);
 #elif defined(__gfx950__)
@@ -212,8 +223,8 @@ JN_DEV u32 two_fp4(float a, float b) {
 #endif
 }
 JN_DEV u32 eight_fp4(const float (&f)[8]) {
-#if defined(JN_HALF_FP4)
-  return packed_fp4(half_fp4(f[0], f[2]), half_fp4(f[1], f[3]), half_fp4(f[4], f[6]), half_fp4(f[5], f[7]));
+#if defined(JN_HALF_PAIRS)
+  return packed_fp4(half_fp4(f[0], f[2]), half_fp4(f[4], f[6]), half_fp4(f[1], f[3]), half_fp4(f[5], f[7]));
 #elif defined(__gfx950__)
   u32 w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(0u, f[0], f[1], 1.f, 0);
   w = __builtin_amdgcn_cvt_scalef32_pk_fp4_f32(w, f[2], f[3], 1.f, 1);
