@@ -198,9 +198,9 @@ JN_DEV HalfFP4 half_fp4(float a, float b) {
   constexpr u32 slopes[3] = {0x77fc77fcu, 0x73fc73fcu, 0x6ffc6ffcu};   // 2^24 / 513 in float16, its half, its quarter
   constexpr u32 offsets[3] = {0x66006600u, 0x66026602u, 0x66046604u};  // 1536 and where the lines begin: 0, 2, 4
   const u32 signs = pack2(F16{}, a, b), m = magnitude_pair(signs);
-  const u32 codes = least_pair(fused_multiply_add_pair(m, slopes[0], offsets[0]),
-                               fused_multiply_add_pair(m, slopes[1], offsets[1]),
-                               fused_multiply_add_pair(m, slopes[2], offsets[2]));
+  const u32 codes =
+      least_pair(fused_multiply_add_pair(m, slopes[0], offsets[0]), fused_multiply_add_pair(m, slopes[1], offsets[1]),
+                 fused_multiply_add_pair(m, slopes[2], offsets[2]));
   return HalfFP4{codes, signs};
 }
 // Pairs of the elements (0, 2), (4, 6), (1, 3), (5, 7) as eight halves of bytes.

@@ -143,10 +143,9 @@ JN_DEV int opaque(int v) {
 // What the values of a group are divided by.
 template <class Q> struct Scale {
   using Code = typename Q::Code;
-  float s, r;  // e8m0: r alone, the units that encode() takes included
-  bool
-      direct;  // z can be divided as it is; if not, and unless static, z is first multiplied with `before`, `lift`
-  u32 stored;  // float32 bits, or the exponent
+  float s, r;   // e8m0: r alone, the units that encode() takes included
+  bool direct;  // z can be divided as it is; if not, and unless static, z is first multiplied with `before`, `lift`
+  u32 stored;   // float32 bits, or the exponent
   float before = 1.f, lift = kLift;
 
   static JN_DEV Scale of_max(float a, float bound) {
