@@ -130,22 +130,31 @@ def _forward(problem: Problem) -> Forward:
 
 
 def _in_plenty(problem: Problem) -> Forward | None:
-    """Rows in plenty without a residual, where what a thread does for its row but not for an element is worth saving: four
-    chunks a thread instead of two, and for groups walking blocks.
+    """Rows in plenty without a residual, where what a thread does for its row but not for an element is worth saving: four to eight
+    chunks a thread instead of two, and for fp4 walking blocks.
 
-    *H200*, ratio to a copy: rmsnorm_quant fp8 131072x1024 a wave to a row 1.032, two waves 1.089; 8192x4096 four chunks 1.040,
-    walking blocks of two 1.129; 8192x8192 1.056 and 1.051. Groups of 128: 8192x4096 walking blocks of four chunks 1.126, one row
-    a block 1.227; 8192x8192 1.072 and 1.160. With a residual the memory is busy anyway (1.035 mxfp4, two chunks).
+    *H200*, ratio to a copy, 128 threads: rmsnorm_quant fp8 8192x4096 (four chunks) 1.040, walking blocks of two 1.129; int8
+    8192x8192 (eight chunks) 1.054, four chunks 1.081; groups of 128 8192x4096 1.066, walking blocks 1.093, and 8192x8192 1.058 and
+    1.084. mxfp4 8192x4096: walking blocks 1.142, one row a block 1.221. A wave to a row, 131072x1024: fp8 1.032, two waves 1.089;
+    groups of 128 with one row a block 0.976, two 1.015. LayerNorm 8192x4096: eight chunks 1.404, four 1.541. With a residual the
+    memory is busy anyway (1.035 mxfp4, two chunks), but for the longer LayerNorm: four chunks 1.035, two 1.061.
     """
     wave, chunks = wave_size(problem.target), problem.features // vector(problem)
-    if not _nvidia(problem) or problem.has("residual") or _words(problem) != 8 or chunks <= wave:
+    if not _nvidia(problem) or _words(problem) != 8 or chunks <= wave:
         return None
-    lanes = _round_up(_ceil(chunks, 4), wave)
+    longer, lanes = _family(problem) == "layernorm", _round_up(_ceil(chunks, 4), wave)
     if lanes > 512 or problem.rows * lanes < 2 * compute_units(problem.target) * 1024:
         return None
+    if problem.has("residual"):
+        if not longer or lanes <= 64:
+            return None
+    elif longer and 64 < lanes <= 256:
+        lanes = _round_up(_ceil(chunks, 8), wave)
+    elif lanes <= 256:
+        lanes = min(lanes, 128)
     if lanes == wave:
-        return replace(_one_wave(problem, 2), early=True)
-    if _group(problem) and (ahead := _ahead(problem, 4)):
+        return replace(_one_wave(problem, 1 if _group(problem) else 2), early=True)
+    if problem.option("spec").dtype == "fp4" and (ahead := _ahead(problem, 4)):
         return replace(ahead, depth=1)
     per = _ceil(chunks, lanes)
     return Forward(lanes, regs=per, min_blocks=_min_blocks(problem, lanes, per), early=False)

@@ -275,18 +275,24 @@ def test_the_default_uses_a_kernel():
                          ids=lambda s: Case("", s).id)  # fmt: skip
 @pytest.mark.parametrize("shape", cases.HUGE[:2], ids=str)
 def test_more_than_two_to_the_31_elements(shape, spec, backend):
-    """Rows on both sides of element 2^31 and 2^32, first and last, have the bits of the same rows in a small batch."""
+    """Rows on both sides of element 2^31 and 2^32, first and last, have the bits of the same rows in a small batch.
+
+    With a weight: bfloat16 values without one lie in the very middle between two codes of their scale so often (0.5 % of them) that
+    the last bit of the float64 oracle decides more codes than may differ.
+    """
     rows, features = shape
     base = cases.normal(cases.rng(), (997, features), "bfloat16")
     grow = jax.jit(lambda a: a[jnp.arange(rows) % 997] * (1 + (jnp.arange(rows) % 61) / 61).astype(a.dtype)[:, None])
     x = grow(jnp.asarray(base))
-    case = Case(NORM, spec, features, weight_dtype=None)
-    q = case.run({"x": x}, backend)["q"]
+    weight = cases.weight(cases.rng(1), features, "bfloat16")
+    case = Case(NORM, spec, features)
+    q = case.run({"x": x, "weight": weight}, backend)["q"]
     picked = np.asarray(cases.huge_rows(rows, features))
     few = np.asarray(x[picked])
     small = replace(case, lead=(len(picked),))
-    alone = small.run({"x": few}, backend)["q"]
-    small.check({"x": few}, {"q": alone}, exact=False)
+    arrays = {"x": few, "weight": weight}
+    alone = small.run(arrays, backend)["q"]
+    small.check(arrays, {"q": alone}, exact=False)
     tolerances.assert_same_bits(q.values[picked], alone.values)
     column = spec.scale_layout == "column"
     tolerances.assert_same_bits(q.scale[:, picked] if column else q.scale[picked], alone.scale)
