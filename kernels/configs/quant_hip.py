@@ -131,18 +131,19 @@ def _forward(problem: Problem) -> Forward:
 
 def _in_plenty(problem: Problem) -> Forward | None:
     """Rows in plenty without a residual, where what a thread does for its row but not for an element is worth saving: four to eight
-    chunks a thread instead of two, and for fp4 walking blocks.
+    chunks a thread instead of two, and walking blocks for fp4 and for groups in rows that 128 threads do not share evenly.
 
     *H200*, ratio to a copy, 128 threads: rmsnorm_quant fp8 8192x4096 (four chunks) 1.040, walking blocks of two 1.129; int8
-    8192x8192 (eight chunks) 1.054, four chunks 1.081; groups of 128 8192x4096 1.066, walking blocks 1.093, and 8192x8192 1.058 and
-    1.084. mxfp4 8192x4096: walking blocks 1.142, one row a block 1.221. A wave to a row, 131072x1024: fp8 1.032, two waves 1.089;
-    groups of 128 with one row a block 0.976, two 1.015. LayerNorm 8192x4096: eight chunks 1.404, four 1.541. With a residual the
-    memory is busy anyway (1.035 mxfp4, two chunks), but for the longer LayerNorm: four chunks 1.035, two 1.061.
+    8192x8192 (eight chunks) 1.061, four chunks 1.096; groups of 128 8192x4096 1.057, walking blocks 1.093, and 8192x8192 1.067 and
+    1.084; 8192x5120 walking blocks 1.076, one row a block 1.159. A wave to a row, 131072x1024: one row a block fp8 0.980, two
+    1.001, int8 0.987 and 1.027, mxfp4 1.083 and 1.143. LayerNorm 8192x4096: eight chunks 1.343, four 1.439. With a residual the
+    memory is busy anyway (int8 1.008, two chunks), but for the longer LayerNorm: four chunks 1.034, two 1.061.
     """
     wave, chunks = wave_size(problem.target), problem.features // vector(problem)
     if not _nvidia(problem) or _words(problem) != 8 or chunks <= wave:
         return None
-    longer, lanes = _family(problem) == "layernorm", _round_up(_ceil(chunks, 4), wave)
+    longer, quarter = _family(problem) == "layernorm", _round_up(_ceil(chunks, 4), wave)
+    lanes = quarter
     if lanes > 512 or problem.rows * lanes < 2 * compute_units(problem.target) * 1024:
         return None
     if problem.has("residual"):
@@ -153,11 +154,33 @@ def _in_plenty(problem: Problem) -> Forward | None:
     elif lanes <= 256:
         lanes = min(lanes, 128)
     if lanes == wave:
-        return replace(_one_wave(problem, 1 if _group(problem) else 2), early=True)
-    if problem.option("spec").dtype == "fp4" and (ahead := _ahead(problem, 4)):
-        return replace(ahead, depth=1)
+        return replace(_one_wave(problem, 1), early=True)
+    if not longer and (walking := _walking(problem, quarter)):
+        return walking
     per = _ceil(chunks, lanes)
-    return Forward(lanes, regs=per, min_blocks=_min_blocks(problem, lanes, per), early=False)
+    blocks = _min_blocks(problem, lanes, per)
+    if problem.option("spec").scale_dtype == "e8m0" and per <= 4 and not longer:
+        blocks = max(1, blocks - 1)  # 72 registers: mxfp8 8192x4096 1.047, 64 registers 1.082
+    return Forward(lanes, regs=per, min_blocks=blocks, early=False)
+
+
+def _walking(problem: Problem, quarter: int) -> Ahead | None:
+    """Blocks that walk, one row ahead, where they were measured to win over one row a block.
+
+    *H200*, mxfp4: 8192x4096 512 threads a compute unit with eight chunks each and the weight in registers 1.096, 1024 threads with
+    four chunks 1.141, one row a block 1.210; 8192x8192 1.045, 1.080 and 1.144.
+    """
+    fp4, wave = problem.option("spec").dtype == "fp4", wave_size(problem.target)
+    ahead = _ahead(problem, 4) if fp4 or (_group(problem) and quarter > 128 and quarter & (quarter - 1)) else None
+    if ahead is None:
+        return None
+    eighth, rest = divmod(problem.features // vector(problem), 8)
+    fits = _factor_words(problem) == 4 and not problem.has("y")  # 128 registers
+    if fp4 and fits and not rest and eighth % wave == 0 and 64 <= eighth <= 128:
+        blocks = 512 // eighth
+        grid = blocks * compute_units(problem.target)
+        return replace(ahead, lanes=eighth, regs=8, min_blocks=blocks, early=True, depth=1, blocks=grid)
+    return replace(ahead, depth=1)
 
 
 def _one_turn(problem: Problem) -> Forward:
@@ -175,9 +198,11 @@ def _one_turn(problem: Problem) -> Forward:
     lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, 16 // words)), wave)))
     if lanes == 512 and chunks > 512 * _room(problem):
         lanes = MAX_THREADS
+    # H200, rmsnorm_quant fp8 16x8192: 512 threads with two chunks 2.13 us, 1024 threads 2.24.
+    most = 512 if _nvidia(problem) and chunks <= 2 * 512 else MAX_THREADS
     room = compute_units(problem.target) * 1024
-    while lanes < min(MAX_THREADS, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
-        lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
+    while lanes < min(most, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
+        lanes = min(most, _round_up(min(chunks, lanes * 2), wave))
     return _one_wave(problem) if lanes <= wave else _with_storage(problem, Forward(lanes))
 
 
@@ -258,8 +283,12 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
     """Blocks on a compute unit that the compiler must leave registers for; AMD's register files need no asking."""
     if not problem.target.startswith("sm_"):
         return 1
-    need = regs * _words(problem) + max(32, 24 + min(2, regs) * _factor_words(problem))
-    need += 8 * (_family(problem) == "layernorm")
+    added = problem.has("residual") or problem.has("x_bias")
+    if _family(problem) == "layernorm" and regs >= 4 and not added:
+        need = regs * _words(problem) + 32  # H200, 8192x4096: 1.343 of a copy's time, with 16 registers more 1.390
+    else:
+        need = regs * _words(problem) + max(32, 24 + min(2, regs) * _factor_words(problem))
+        need += 8 * (_family(problem) == "layernorm")
     fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 
