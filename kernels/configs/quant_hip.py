@@ -283,12 +283,14 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
     """Blocks on a compute unit that the compiler must leave registers for; AMD's register files need no asking."""
     if not problem.target.startswith("sm_"):
         return 1
-    added = problem.has("residual") or problem.has("x_bias")
-    if _family(problem) == "layernorm" and regs >= 4 and not added:
-        need = regs * _words(problem) + 32  # H200, 8192x4096: 1.343 of a copy's time, with 16 registers more 1.390
-    else:
-        need = regs * _words(problem) + max(32, 24 + min(2, regs) * _factor_words(problem))
-        need += 8 * (_family(problem) == "layernorm")
+    need = regs * _words(problem) + max(32, 24 + min(2, regs) * _factor_words(problem))
+    if _family(problem) == "layernorm":
+        added = problem.has("residual") or problem.has("x_bias")
+        if added or regs < 4 or threads > 128:
+            need += 8
+        else:  # H200, 8192x4096: 96 registers 1.343 of a copy's time, 128 registers 1.390. Groups, y and software codes take more.
+            more = bool(_group(problem)) or problem.has("y") or problem.option("spec").dtype.endswith("fnuz")
+            need = regs * _words(problem) + 32 + 8 * more
     fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 
