@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import sys
 import time
 
@@ -147,9 +148,8 @@ def scenario_missing() -> None:
 
     start = time.monotonic()
     text = _error(lambda: skipping()(placed, 2))
-    assert "rank 2 (device 2) did not come to launch the call within 2.0 s" in text and time.monotonic() - start < 20, (
-        text
-    )
+    late = re.search(r"rank 2 \(device 2\)[^.]* did not come to launch the call within 2\.0 s", text)
+    assert late and time.monotonic() - start < 20, text  # others may be late, too, where cores are busy
     g = skipping()
     assert np.isfinite(np.asarray(g(placed, -1))).all()
     scales = np.asarray(g(placed, 2))

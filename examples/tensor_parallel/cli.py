@@ -86,7 +86,7 @@ def run(
     for name, (ranks, plain) in ways.items():
         mesh = Mesh(np.array(jax.devices()[:ranks]), (AXIS,))
         generator = Generator(params, Plan(config, ranks), mesh, plain=plain)
-        for _ in range(2):  # compiles, then records graphs
+        for _ in range(2):  # compiles, then still warms up: a second prompt took up to 2 ms longer than later ones
             generator(ids, max_tokens)
         found[name] = generator(ids, max_tokens, tokenizer.eos_id if tokenizer else None)
         one = found[name]

@@ -27,7 +27,9 @@ from ..gemma import model as gemma
 from ..gemma.model import Config, Params
 from .sharding import AXIS, Plan
 
-FEW_ROWS = 64
+# Up to so many rows every rank norms all of them. 512 tokens of Gemma 3 270M (width 640) over four H200s: 5.2 ms whole, 6.5 to 8.3
+# in shards (benchmarks/results/h200/tensor-parallel.json); more rows were not measured.
+FEW_ROWS = 512
 
 
 class Shards:

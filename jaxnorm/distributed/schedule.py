@@ -14,18 +14,18 @@ from ._config import Config
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 # Partials that a rank receives, up to which one all_gather of them takes the place of an exchange and one or two gathers. H200s,
-# N = 8192: 6 MB (four ranks, 128 rows) 57 us against 66, 2 MB (two) 37 against 61; 17 MB (two, 1024 rows) 138 against 120. The CPU
+# N = 8192: 2 MB (two ranks, 128 rows) 36 us against 39, 6 MB (four) 53 against 56; 17 MB (two, 1024 rows) 123 against 107. The CPU
 # has nothing to save but the copies.
 FEW_BYTES = {"cuda": 8 << 20, "rocm": 512 << 10, "cpu": 0}
 
 
 # Bytes of a rank's partial sums up to which the fused kernel sends them to everyone (one exchange) instead of to their owners
-# (two). H200s (benchmarks/results/h200/distributed.json): the two are within 1 us of one another below, two shots ahead above; at
-# 2 MB 34 us against 25 with four ranks. Eight ranks were not measured.
-ONE_SHOT_BYTES = {2: 256 << 10, 4: 512 << 10, 8: 192 << 10}
+# (two). H200s (benchmarks/results/h200/distributed.json), one shot against two: two ranks 9 us against 13 at 256 KB, 15.2 against
+# 16.5 at 2 MB, 64 against 47 at 16 MB; four ranks 13.5 against 14 to 18 at 256 KB, 27 against 21 at 2 MB. Eight were not measured.
+ONE_SHOT_BYTES = {2: 2 << 20, 4: 512 << 10, 8: 192 << 10}
 
 # Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite. H200s,
-# N = 8192, 1 to 8192 rows: two ranks 1.4 to 3.9 times as fast, four ranks 1.18 (8192 rows) to 3.6, loop overhead included.
+# N = 8192, 1 to 8192 rows: two ranks 1.7 to 3.7 times as fast, four ranks 1.3 (8192 rows) to 3.1.
 FUSED_RANKS = {"cuda": (2, 4), "rocm": ()}
 
 # Largest half of a workspace; a rank holds two.
