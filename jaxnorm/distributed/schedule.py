@@ -25,7 +25,7 @@ FEW_BYTES = {"cuda": 8 << 20, "rocm": 512 << 10, "cpu": 0}
 ONE_SHOT_BYTES = {2: 2 << 20, 4: 512 << 10, 8: 192 << 10}
 
 # Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite. H200s,
-# N = 8192, 1 to 8192 rows: two ranks 1.7 to 3.7 times as fast, four ranks 1.3 (8192 rows) to 3.1.
+# N = 8192, 1 to 8192 rows: two ranks 1.7 to 3.7 times as fast, four ranks 1.4 (8192 rows) to 3.1.
 FUSED_RANKS = {"cuda": (2, 4), "rocm": ()}
 
 # Largest half of a workspace; a rank holds two.
