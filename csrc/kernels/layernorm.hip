@@ -30,10 +30,12 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
+  // A value of the row, before any lane writes residual_out over residual? Only where there is none.
+  using Norm = LayerNorm<JN_N, (JN_N / JN_V > kWave) && JN_RESIDUAL::size == 0>;
 #if JN_HAS_RSTD
-  const LayerNorm<JN_N> norm{JN_EPS, mean, shift, rstd};
+  const Norm norm{JN_EPS, mean, shift, rstd};
 #else
-  const LayerNorm<JN_N> norm{JN_EPS};
+  const Norm norm{JN_EPS};
 #endif
   JN_FORWARD(Shape)(source, norm, Epilogue{weight, y, JN_OFFSET, bias}, rows);
 }

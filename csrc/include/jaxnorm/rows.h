@@ -160,7 +160,8 @@ template <class X, class R, int V, bool ROUND> using AddSource = SumSource<X, No
 // ---- one row on chip
 // ----------------------------------------------------------------------------------------------------
 
-template <class S, class Source> struct Row {
+// PIVOT: every lane has the row's first chunk as well, for a norm that wants a value of the row before any sum.
+template <class S, class Source, bool PIVOT = false> struct Row {
   using Shape = S;
   using Raw = typename Source::Raw;
   // Chunks on their way through registers at a time: 64 bytes
@@ -177,6 +178,7 @@ template <class S, class Source> struct Row {
   bool active;
   Raw raw[S::REGS];
   Kept kept[S::REGS];
+  Raw first;  // unset without PIVOT
 
   JN_DEV bool has(int k) const { return active && S::has(k, lane); }
   JN_DEV u32 column() const { return lane * V; }
@@ -184,8 +186,27 @@ template <class S, class Source> struct Row {
     return Stashed::read(source, stash + (k - S::REGS) * Stashed::footprint, lane, column(), k * S::STEP);
   }
 
+  JN_DEV void fetch_first() {
+    if constexpr (PIVOT) {
+      if (active)
+        first = source.fetch(row * S::N, 0, 0);
+      else
+        first = Raw{};
+    }
+  }
+  // The median of three values, of which one may be far off.
+  JN_DEV float pivot() const {
+    static_assert(PIVOT && V >= 1, "a first chunk");
+    float f[V];
+    source.values(first, f);
+    const float a = f[0], b = f[V > 1 ? 1 : 0], c = f[V > 2 ? 2 : 0];
+    const float low = a < b ? a : b, high = a < b ? b : a;
+    return c < low ? low : c > high ? high : c;
+  }
+
   // Issues every load of the row that has somewhere to go; nothing waits here.
   JN_DEV void issue() {
+    fetch_first();
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
       if (has(k))
@@ -261,14 +282,14 @@ template <class S, class Source> struct Row {
   }
 
  private:
-  // A chunk that is not there reads as zeros, which map need not take for nothing after the first pass.
+  // A chunk that is not there reads as zeros, which map takes for nothing in the first pass alone, without a pivot.
   template <bool FIRST, int COUNT, int B, class Map>
   static JN_DEV void add_up(bool has, const float (&f)[V], Map map, float (&part)[COUNT][B], int k) {
     float sum[COUNT] = {};
 #pragma unroll
     for (int i = 0; i < V; ++i) map(f[i], sum);
 #pragma unroll
-    for (int c = 0; c < COUNT; ++c) part[c][k] = FIRST || has ? sum[c] : 0.f;
+    for (int c = 0; c < COUNT; ++c) part[c][k] = (FIRST && !PIVOT) || has ? sum[c] : 0.f;
   }
 
   template <bool FIRST, int COUNT, class Map> JN_DEV void pass_stash(Map map, float* sums) {
@@ -423,11 +444,11 @@ JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilog
   unsigned char* stash = shared_memory() + Norm::BUFFERS * S::Sum::bytes;
   const u64 first = linear_block() * (S::GROUPS * S::UNROLL) + group;
 
+  using OneRow = Row<S, Source, Norm::PIVOT>;
   auto make = [&](int u) {
     const u64 row = first + u * S::GROUPS;
-    return Row<S, Source>{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
+    return OneRow{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
   };
-  using OneRow = Row<S, Source>;
   if constexpr (S::UNROLL == 1) {
     OneRow row = make(0);
     if (!S::Sum::in_wave && row.row >= rows) return;  // the whole block

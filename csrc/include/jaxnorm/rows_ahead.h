@@ -13,7 +13,7 @@ template <class S, int DEPTH, int BLOCKS, class Source, class Norm, class Epilog
 JN_DEV void forward_rows_ahead(const Source& source, const Norm& norm, Epilogue epilogue, u64 rows) {
   static_assert(S::REGS == S::PER && S::GROUPS == 1 && S::UNROLL == 1 && !S::Sum::in_wave,
                 "a row a block, in registers");
-  using OneRow = Row<S, Source>;
+  using OneRow = Row<S, Source, Norm::PIVOT>;
   using Stashed = typename OneRow::Stashed;
   constexpr int slot_bytes = S::REGS * Stashed::footprint, sum_bytes = Norm::BUFFERS * S::Sum::bytes;
   constexpr int turns = Norm::BUFFERS > 1 ? 1 : 2;
@@ -31,10 +31,17 @@ JN_DEV void forward_rows_ahead(const Source& source, const Norm& norm, Epilogue 
 #pragma unroll
   for (int ahead = 0; ahead < DEPTH; ++ahead) fetch(block_x() + u64(ahead) * BLOCKS, ahead);
   epilogue.issue(lane);
+  typename OneRow::Raw next;
+  if constexpr (Norm::PIVOT)
+    if (block_x() < rows) next = source.fetch(u64(block_x()) * S::N, 0, 0);
   u32 slot = 0, buffer = 0;
 #pragma unroll 1
   for (u64 row = block_x(); row < rows; row += BLOCKS) {
     OneRow one{source, stash, row, row * S::N + lane * S::V, lane, true};
+    if constexpr (Norm::PIVOT) {
+      one.first = next;
+      if (row + BLOCKS < rows) next = source.fetch((row + BLOCKS) * S::N, 0, 0);
+    }
     async_wait<DEPTH - 1>();
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {
