@@ -25,6 +25,7 @@ MUTANTS = (
     Mutant("sums of vectors in float32", API, ".astype(given[name].dtype)", "", NUMERICS + "test_models"),
     Mutant("bias in the padding", "jaxnorm/_api/quant.py", "ref.quantize(pad_last(z, width)", "ref.quantize(jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, width - z.shape[-1])], constant_values=1)", QUANT + "padding"),
     Mutant("HIP: what the mean lost is dropped", NORMS, "State{mean, found.shift, rstd, -(found.shift * rstd)}", "State{mean, found.shift, rstd, 0.f}", SIMT + "mean10000"),
+    Mutant("HIP: sums about a value far from the mean are kept", NORMS, "if (found.shift * found.shift > 4.f * found.var) {", "if (false) {", SIMT + "far_off"),
     Mutant("HIP: absent chunks in the second sums", ROWS, "(FIRST && !PIVOT) || has ? sum[c] : 0.f", "sum[c]", SIMT + "test_forward"),
     Mutant("HIP: buffers of sums that overlap", PLANS, 'return 3 if _family(problem) == "layernorm" else 1', "return 1", SIMT + "test_forward"),
     Mutant("HIP: empty sums over those of the other kind", REDUCE, " && first + k < per", "", SIMT + "65536"),

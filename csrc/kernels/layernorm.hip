@@ -30,7 +30,7 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
-  // A value of the row, before any lane writes residual_out over residual? Only where there is none.
+  // Not with a residual, whose buffer other lanes may have written over by the time the pivot is read.
   using Norm = LayerNorm<JN_N, (JN_N / JN_V > kWave) && JN_RESIDUAL::size == 0>;
 #if JN_HAS_RSTD
   const Norm norm{JN_EPS, mean, shift, rstd};
