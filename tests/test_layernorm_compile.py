@@ -32,7 +32,7 @@ HIP = [
     ("fwd", 8192, Call(Case(4096, (1,)), "sm_90", save=False)), ("fwd", 16, Call(Case(4096, (1,)), "sm_90")),
     ("fwd", 8192, Call(Case(768, (1,), residual=None, weight=F32, bias=F32), "sm_90")),
     ("fwd", 4096, Call(Case(65536, (1,), residual=BF16, x_bias=F32), "sm_90")),
-    ("fwd", 1024, Call(Case(8192, (1,), residual=BF16), "sm_90")), ("fwd", 1024, Call(Case(16384, (1,), residual=None), "sm_90")),
+    ("fwd", 1024, Call(Case(8192, (1,), residual=BF16), "sm_90")), ("fwd", 1024, Call(Case(16384, (1,)), "sm_90")),
     ("fwd", 64, Call(Case(131072, (1,), x_bias=BF16, weight=F32), "gfx942")),
     ("fwd", 8192, Call(Case(8192, (1,), F16, F32, x_bias=F16), "gfx950")),
     ("fwd", 1 << 18, Call(Case(128, (1,), x_bias=BF16), "gfx90a")), ("fwd", 4096, Call(Case(1600, (1,), F32, bias=F16), "gfx1100")),

@@ -127,6 +127,12 @@ def _forward(problem: Problem) -> Forward:
     return _with_storage(problem, Forward(lanes))
 
 
+def _pivots(problem: Problem) -> bool:
+    """layernorm.hip: whether a row's sums are about one of its values, and are exchanged once instead of twice."""
+    chunks = problem.features // vector(problem)
+    return _family(problem) == "layernorm" and not problem.has("residual") and chunks > wave_size(problem.target)
+
+
 def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     """Threads of a row longer than a wave's worth of chunks.
 
@@ -136,9 +142,8 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     one's stores run beside the other's loads. With few rows there are units to spare: then as many threads as there are
     chunks, which is fewer instructions one after the other, up to 512 (*H200*: 1x4096 1.74 us against 2.05 with 128).
     """
-    # LayerNorm exchanges twice a row, so there fewer threads hold more of it: *H200*, 8192x4096 four chunks a thread 1.07, two
-    # 1.14; 131072x1024, where four would leave one wave, 1.07 and 1.04; 8192x8192 eight 1.095, four 1.14; with a residual 8192x4096
-    # two 1.037, one 1.09.
+    # LayerNorm exchanges more a row, so there fewer threads hold more of it: *H200*, 8192x4096 four chunks a thread 1.08, two 1.17;
+    # 131072x1024 two 1.02, one 1.15; 8192x8192 eight 1.049, four 1.051; with a residual 8192x4096 two 1.037, one 1.09.
     more = _family(problem) == "layernorm" and _nvidia(problem) and chunks > 4 * wave
     held = (32 if chunks >= 1024 and words <= 4 else 16) if more else 8
     lanes = max(wave, min(512, _round_up(_ceil(chunks, max(1, held // words)), wave)))
@@ -151,13 +156,15 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
         # *H200*, three chunks a thread: 16x8192 2.06 us, 2.14 with 512 threads of two; 16x16384 2.69, 2.88 with 1024; 8192x16384
         # 1.032 of a copy, 1.069 with 512 threads of four. With a residual 16x16384 3.17 us, 3.23 with 1024; 8192x16384 no gain.
         if more and not few and not problem.has("residual"):
-            return lanes  # 8192x16384: 1.089 of a copy with eight, 1.78 with three
+            return lanes  # 8192x16384: 1.05 of a copy with eight, 1.11 with four, 1.78 with three
         if not few and problem.rows <= 16 * compute_units(problem.target) and not problem.has("residual"):
             return 256  # 1024x16384: 1.10 of a copy with eight chunks a thread, 1.15 with three
         if few or not problem.has("residual"):
             return thirds
-    most = 512 if _nvidia(problem) else MAX_THREADS
-    while lanes < min(most, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
+    # *H200*, LayerNorm about a value of the row, two chunks a thread and one: 128x4096 2.48 and 2.59 us, 16x4096 1.98 and 2.02
+    least = 2 if more and _pivots(problem) else 1
+    most = min(512 if _nvidia(problem) else MAX_THREADS, _round_up(_ceil(chunks, least), wave))
+    while lanes < most and problem.rows * lanes * 2 <= room:
         lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
     return lanes
 
@@ -196,9 +203,12 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     # 2.83. With rows in plenty it makes no difference (8192x8192 1.047 both), so there only where the registers cost nothing.
     weight_words = regs * v * (_itemsize(problem, "weight") + _itemsize(problem, "bias")) // 4
     few = problem.rows * c.lanes <= 8 * compute_units(problem.target) * 1024 and not shared
-    sums = _family(problem) == "layernorm" and problem.has("residual") and _nvidia(problem)
-    early = weight_words <= (32 if few else 16 if sums else 8)  # *H200*, 8192x4096 with a residual 1.037, late 1.048
+    # *H200*, LayerNorm: 8192x4096 with a residual 1.037, late 1.048; 131072x1024 1.024, late 1.046
+    sums = _family(problem) == "layernorm" and _nvidia(problem)
+    early = weight_words <= (32 if few else 16 if sums else 8)
     blocks = _min_blocks(problem, c.lanes, regs, weight_words * early)
+    if _pivots(problem) and problem.rows <= compute_units(problem.target):
+        blocks = 1  # a row a unit; *H200*, 128x4096 2.48 us, asking for three 2.51
     return replace(c, regs=regs, shared=shared, early=early, min_blocks=blocks)
 
 
@@ -215,8 +225,12 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     plain = all(d == "bfloat16" for n, d in problem.dtypes if n not in STATS["layernorm"])
     need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
     if _family(problem) == "layernorm":  # two more scalars of the row, and the bias beside the weight
-        # *H200*, 8192x4096: seven blocks of 128 1.072, six 1.117; with a residual five blocks of 256 hold them all the same, 1.037
-        need += 8 + (early_words - 8 if early_words > 8 and not problem.has("residual") else 0)
+        # *H200*, 8192x4096: seven blocks of 128 1.079, six 1.11; with a residual five blocks of 256 hold them all the same, 1.037,
+        # and 24 blocks of 64 do about a value of the row: 131072x1024 1.024, 20 blocks 1.065
+        held = 16 if _pivots(problem) and threads == 2 * wave_size(problem.target) else 8
+        need += 8 + (early_words - 8 if early_words > held and not problem.has("residual") else 0)
+        if threads == 256 and regs > 4 and not problem.has("residual"):
+            need += 8  # 8192x16384: three blocks 1.054, four 1.058
     most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
     fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
@@ -225,16 +239,21 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
 def _walking(problem: Problem) -> Ahead | None:
     """Blocks that walk, for long rows that are a few waves of blocks: where every block reads, sums and writes at the same time as
     all others, the memory idles in between. With many rows blocks that come and go overlap by themselves (*H200*, 8192x4096 RMSNorm
-    1.033 of a copy, walking 1.056). Measured for 1024 rows of 16 and 32 KB; for the bits it makes no difference where it ends.
+    1.033 of a copy, walking 1.056). For the bits it makes no difference where it ends.
 
-    *H200*, ratio to a copy, walking and not: RMSNorm 1024x8192 1.032 and 1.107, with a residual 1.034 and 1.072; 1024x16384 1.047
-    and 1.096, with a residual 1.049 and 1.063. LayerNorm 1024x8192 1.10 and 1.18, with a residual 1.09 and 1.12; 1024x16384 1.18
-    and 1.28, with a residual 1.09 and 1.15.
+    *H200*, ratio to a copy, walking and not: RMSNorm 1024x8192 1.037 and 1.175, 2048x8192 1.074 and 1.096; 1024x16384 1.059
+    and 1.093, 1536 rows 1.060 and 1.073, 2048 rows 1.090 and 1.066. With a residual 1024x8192 1.033 and 1.072, 1100 rows
+    1.049 and 1.047, 2048 rows 1.055 and 1.034; 1024x16384 1.036 and 1.044, 1100 rows 1.085 and 1.060. LayerNorm 1024x8192,
+    whose blocks find room at the same time, 1.142 and 1.084, 2048 rows 1.16 and 1.20; 1024x16384 1.18 and 1.22, 2048 rows
+    1.18 and 1.10; with a residual 1024x8192 1.075 and 1.152, 2048 rows 1.086 and 1.087; 1024x16384 1.09 and 1.11.
     """
     chunks, units = problem.features // vector(problem), compute_units(problem.target)
-    if not 7 * units <= problem.rows <= 16 * units or not 1024 <= chunks <= 2048 or problem.has("x_bias"):
+    residual, norm = problem.has("residual"), _family(problem)
+    most = 8 if residual and norm == "rmsnorm" else 16 if chunks <= 1024 else 12
+    least = 9 if _pivots(problem) and chunks <= 1024 else 7
+    if not least * units <= problem.rows <= most * units or not 1024 <= chunks <= 2048 or problem.has("x_bias"):
         return None
-    light = _family(problem) == "rmsnorm" and not problem.has("residual")
+    light = norm == "rmsnorm" and not residual
     if chunks <= 1024:
         return _ahead(problem, _ceil(chunks, 512 if light else 256), depth=1, blocks=2, early=True)
     if light:
