@@ -401,7 +401,7 @@ class TwoStream:
 ROPE_CASES = [
     Case((32, 8), 128, (5,)),
     Case((64, 4), 128, (3,), style="gptj", dtypes=(F16, F16), index="int64"),
-    Case((16, 8), 128, (2, 7), dtypes=(BF16, F32), shared=True),
+    Case((16, 8), 128, (2, 7), 64, dtypes=(BF16, F32), shared=True),
     Case((4, 1), 256, (2, 3), 64, table=BF16),
     Case((5,), 80, (7,), dtypes=(F32,), style="gptj"),
     Case((3, 1, 2), 96, (4,), 64, dtypes=(F16, BF16, F32), table=F16),
@@ -413,7 +413,7 @@ ROPE_CASES = [
 ]
 QK_CASES = [
     Case((32, 8), 128, (5,), weights=(BF16, BF16)),
-    Case((64, 4), 128, (3,), style="gptj", dtypes=(F16, F16), weights=(F16, F32), offset=1.0, index="int64"),
+    Case((64, 4), 128, (3,), 64, style="gptj", dtypes=(F16, F16), weights=(F16, F32), offset=1.0, index="int64"),
     Case((8, 2), 64, (2, 7), dtypes=(BF16, F32), weights=(F32, BF16), shared=True, offset=0.5),
     Case((4, 1), 256, (2, 3), 64, weights=(F32, F32), offset=1.0, table=BF16),
     Case((5, 2), 80, (7,), weights=(BF16, None), dtypes=(F32, F32), style="gptj"),

@@ -15,7 +15,7 @@ from jaxnorm.kernels.configs._heads_hip import Deal
 TARGETS = ("sm_90", "gfx942")
 CASES = (
     Case("shuffled", "bfloat16", features=128, page=16),
-    Case("shuffled", FN, "per_token", features=128, q_heads=8, kv_heads=1, packed=True, options={"weight_offset": 1.0}),
+    Case("shuffled", FN, "per_token", features=128, rotary=64, q_heads=8, kv_heads=1, packed=True, options={"weight_offset": 1.0}),
     Case("shuffled", "int8", "per_tensor", features=64, x_dtype="float16", page=48, index="int64", options={"style": "gptj"}),
     Case("shuffled", "float32", features=80, page=12, x_dtype="bfloat16", kv_heads=3, q_heads=5, weight_dtype=None),
     Case("shuffled", FNUZ, "per_token", features=96, rotary=32, x_dtype="float32", table_dtype="bfloat16", return_kv=False),

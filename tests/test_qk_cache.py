@@ -22,7 +22,7 @@ CASES = (
     Case("slots", "float16", x_dtype="float16", options={"style": "gptj"}),
     Case("slots", "float32", x_dtype="bfloat16", weight_dtype=None),
     Case("shuffled", "float32", x_dtype="float32", features=24, page=12, kv_heads=3, q_heads=5, table_dtype="bfloat16"),
-    Case("shuffled", FN, "per_token", features=64, rotary=16, page=48, options={"weight_offset": 1.0}, packed=True),
+    Case("shuffled", FN, "per_token", features=128, rotary=64, page=48, options={"weight_offset": 1.0}, packed=True),
     Case("paged", "bfloat16", x_dtype="float32", features=80, options={"style": "gptj", "eps": 1e-5}, q_heads=1, kv_heads=1),
     Case("shuffled", "float8_e5m2", "per_token", x_dtype="float16", sections=(4, 6, 6)),
     Case("paged", "int8", "per_token", sections=(6, 5, 5), interleaved=True, packed=True),

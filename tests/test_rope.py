@@ -49,7 +49,7 @@ def test_equal_positions_of_mrope_are_rope(style, interleaved):
 
 
 def test_components_of_interleaved_sections():
-    """The rule equals Hugging Face's slices, and (8, 12, 12) gives 11, 11 and 10 pairs."""
+    """The rule equals Hugging Face's slices and the written one pair by pair, and (8, 12, 12) gives 11, 11 and 10 pairs."""
     from jaxnorm._ref.rope import components
 
     for sections in ((24, 20, 20), (8, 12, 12), (12, 10, 10), (48, 40, 40)):
@@ -57,6 +57,9 @@ def test_components_of_interleaved_sections():
         for d in (1, 2):
             want[slice(d, 3 * sections[d], 3)] = d
         assert components(sections, True) == tuple(want)
+        for interleaved in (False, True):
+            pairs = [oracle_rope.component(j, sections, interleaved) for j in range(sum(sections))]
+            assert components(sections, interleaved) == tuple(pairs)
     assert [components((8, 12, 12), True).count(c) for c in range(3)] == [11, 11, 10]
 
 
