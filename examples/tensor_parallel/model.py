@@ -27,8 +27,8 @@ from ..gemma import model as gemma
 from ..gemma.model import Config, Params
 from .sharding import AXIS, Plan
 
-# Up to so many rows every rank norms all of them. 512 tokens of Gemma 3 270M (width 640) over four H200s: 5.2 ms whole, 6.5 to 8.3
-# in shards (benchmarks/results/h200/tensor-parallel.json); more rows were not measured.
+# Up to so many rows every rank norms all of them. 512 tokens of Gemma 3 270M (width 640), medians: over four H200s 5.3 ms whole,
+# 7.2 in shards, over two 3.7 and 7.0 (benchmarks/results/h200/tensor-parallel.json); more rows were not measured.
 FEW_ROWS = 512
 
 

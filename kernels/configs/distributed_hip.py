@@ -161,7 +161,7 @@ def _tuning(problem: Problem) -> Tuning:
 
     A block waits only for those of its number on the other ranks, so that the blocks of one launch need not be resident together:
     from two rows a block on, all numbers are used on NVIDIA, and late blocks send while early ones work. Four H200s, 8192 x 8192:
-    439 us with 1024 blocks, 450 with 396, 456 with 528; over two, 296 to 303 with any.
+    451 to 455 us with 1024 blocks (439 in an earlier run), 456 with 528, 463 with 264; over two, 293, 295 and 308.
     """
     threads, work, units = _threads(problem), _work(problem), compute_units(problem.target)
     if work <= units:
@@ -174,8 +174,8 @@ def _tuning(problem: Problem) -> Tuning:
 
 def _resident(problem: Problem, t: Tuning) -> int:
     """2 where the registers allow two blocks on a unit. 512 threads then have 64 registers, where the compiler took 72 or more for
-    four ranks: it loads some partials later, and spills nothing. Four H200s, 1024 x 8192: 66 us, and 77 with one block a unit;
-    8192 x 8192: 439 to 456 and 475. Eight ranks spilled."""
+    four ranks: it loads some partials later, and spills nothing. Four H200s, 1024 x 8192: 68 to 69 us, and 75 with one block a
+    unit; 8192 x 8192 with 264 blocks: 463 and 458, no difference. Eight ranks spilled."""
     if not problem.target.startswith("sm_"):
         return 1
     return 2 if _registers(t.lanes, 2) >= 24 + t.regs * _chunk_words(problem) else 1
