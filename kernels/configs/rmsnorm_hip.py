@@ -127,7 +127,7 @@ def _forward(problem: Problem) -> Forward:
     return _with_storage(problem, Forward(lanes))
 
 
-def _pivots(problem: Problem) -> bool:
+def pivots(problem: Problem) -> bool:
     """layernorm.hip: whether a row's sums are about one of its values, and are exchanged once instead of twice."""
     chunks = problem.features // vector(problem)
     return _family(problem) == "layernorm" and not problem.has("residual") and chunks > wave_size(problem.target)
@@ -162,7 +162,7 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
         if few or not problem.has("residual"):
             return thirds
     # *H200*, LayerNorm about a value of the row, two chunks a thread and one: 128x4096 2.48 and 2.59 us, 16x4096 1.98 and 2.02
-    least = 2 if more and _pivots(problem) else 1
+    least = 2 if more and pivots(problem) else 1
     most = min(512 if _nvidia(problem) else MAX_THREADS, _round_up(_ceil(chunks, least), wave))
     while lanes < most and problem.rows * lanes * 2 <= room:
         lanes = min(MAX_THREADS, _round_up(min(chunks, lanes * 2), wave))
@@ -207,7 +207,7 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     sums = _family(problem) == "layernorm" and _nvidia(problem)
     early = weight_words <= (32 if few else 16 if sums else 8)
     blocks = _min_blocks(problem, c.lanes, regs, weight_words * early)
-    if _pivots(problem) and problem.rows <= compute_units(problem.target):
+    if pivots(problem) and problem.rows <= compute_units(problem.target):
         blocks = 1  # a row a unit; *H200*, 128x4096 2.48 us, asking for three 2.51
     return replace(c, regs=regs, shared=shared, early=early, min_blocks=blocks)
 
@@ -227,7 +227,7 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     if _family(problem) == "layernorm":  # two more scalars of the row, and the bias beside the weight
         # *H200*, 8192x4096: seven blocks of 128 1.079, six 1.11; with a residual five blocks of 256 hold them all the same, 1.037,
         # and 24 blocks of 64 do about a value of the row: 131072x1024 1.024, 20 blocks 1.065
-        held = 16 if _pivots(problem) and threads == 2 * wave_size(problem.target) else 8
+        held = 16 if pivots(problem) and threads == 2 * wave_size(problem.target) else 8
         need += 8 + (early_words - 8 if early_words > held and not problem.has("residual") else 0)
         if threads == 256 and regs > 4 and not problem.has("residual"):
             need += 8  # 8192x16384: three blocks 1.054, four 1.058
@@ -250,7 +250,7 @@ def _walking(problem: Problem) -> Ahead | None:
     chunks, units = problem.features // vector(problem), compute_units(problem.target)
     residual, norm = problem.has("residual"), _family(problem)
     most = 8 if residual and norm == "rmsnorm" else 16 if chunks <= 1024 else 12
-    least = 9 if _pivots(problem) and chunks <= 1024 else 7
+    least = 9 if pivots(problem) and chunks <= 1024 else 7
     if not least * units <= problem.rows <= most * units or not 1024 <= chunks <= 2048 or problem.has("x_bias"):
         return None
     light = norm == "rmsnorm" and not residual
