@@ -121,6 +121,22 @@ def groupnorms(backend: str, full: bool) -> None:
         print("ok", image, flush=True)
 
 
+def walking(backend: str, full: bool) -> None:
+    """Rows in such plenty that blocks walk over them, the next rows on their way to shared memory (sizes for some 132 units)."""
+    for features, rows in ((8192, 1057), (16384, 930)):
+        for work in (
+            cases.Workload("walking", features, rows=rows),
+            cases.Workload("walking", features, rows=rows).with_residual(),
+        ):
+            check(work, backend)
+            print("ok", work.id, flush=True)
+    cases_layernorm.Case(8192, (1190,), mean=40.0).check(backend)
+    quant = Case("rmsnorm_quant", QuantSpec("fp4", **MX), 4096, (4300,))
+    arrays = quant.arrays()
+    quant.check(arrays, quant.run(arrays, backend), backend, exact=False)
+    print("ok", quant.id, flush=True)
+
+
 def heads(backend: str, full: bool) -> None:
     for case in heads_cases():
         given = case.arrays()
@@ -143,7 +159,7 @@ def caches(backend: str, full: bool) -> None:
 
 
 FAMILIES = {"rmsnorm": rmsnorms, "quant": quants, "layernorm": layernorms, "groupnorm": groupnorms, "heads": heads,
-            "cache": caches}  # fmt: skip
+            "cache": caches, "walking": walking}  # fmt: skip
 
 
 def main() -> None:
