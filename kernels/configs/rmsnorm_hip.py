@@ -289,7 +289,7 @@ def _ahead(problem: Problem, each: int, depth: int, blocks: int, early: bool) ->
 
 def _turns(problem: Problem) -> int:
     """rows_ahead.h: buffers that a walking block's sums take in turn."""
-    return 2 if _buffers(problem) == 1 else 1
+    return 2 if _buffers(problem) == 1 or pivots(problem) else 1
 
 
 def _ahead_candidates(problem: Problem) -> Iterator[Forward]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import pkgutil
 
 import jax
 import numpy as np
 from jaxnorm.kernels.configs import Problem
 
-from jaxnorm import _launch, _stage
-from jaxnorm._api import cache, groupnorm, layernorm_quant, quant, rmsnorm  # noqa: F401  they register the stages
+from jaxnorm import _api, _launch, _stage
+
+for _module in pkgutil.iter_modules(_api.__path__):  # they register the stages
+    importlib.import_module(f"jaxnorm._api.{_module.name}")
 
 GUARD = 4096
 """Bytes before the first buffer and at least as many after each."""

@@ -4,7 +4,7 @@
 // arithmetic, and that all threads reach each barrier (it aborts otherwise); not memory order, hardware conversions or
 // speed. A device is an operating-system thread. To show more than one lucky order: fibers run forwards, backwards or
 // shuffled; shared memory is filled with NaN before every block; an asynchronous copy happens as late as the kernel
-// allows, when it is waited for.
+// allows, when it is waited for; waves run from barrier to barrier one after the other.
 #pragma once
 #include <ucontext.h>
 
@@ -145,19 +145,17 @@ inline void run_block(int threads, const std::vector<int>& order) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, entry, 0);
   }
-  for (int t : order) resume(t);
+  // A wave runs to the barrier before the next one takes a step, so what it writes there too early is seen.
+  std::vector<int> waves;
+  for (int t : order)
+    if (std::find(waves.begin(), waves.end(), t / wave) == waves.end()) waves.push_back(t / wave);
   for (;;) {
-    bool progress = false;
-    for (int w = 0; w < threads; w += wave) {
-      if (!all(w, wave, Wait::kShuffle)) continue;
-      progress = true;
-      for (int t : order)
-        if (t >= w && t < w + wave) resume(t);
-    }
-    if (progress) continue;
+    for (int w : waves) do
+        for (int t : order)
+          if (t / wave == w) resume(t);
+      while (all(w * wave, wave, Wait::kShuffle));
     if (std::all_of(fibers.begin(), fibers.begin() + threads, [](auto& f) { return f->done; })) return;
     if (!all(0, threads, Wait::kBarrier)) fail("a barrier or shuffle that not all threads reach");
-    for (int t : order) resume(t);
   }
 }
 
