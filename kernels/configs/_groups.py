@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from . import ITEMSIZE, Problem
-from ._hip import _itemsize
+from . import ITEMSIZE, Launch, Problem, wave_size
+from ._hip import Constants, _ceil, _itemsize, _round_up, _type
 
 IMAGES = ("x", "dy", "y", "dx")
 
@@ -106,3 +106,74 @@ def sizes(problem: Problem) -> Sizes:
     assert isinstance(group, int)
     wide = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name in IMAGES)
     return Sizes(problem, last, problem.rows, space, channels, group, wide)
+
+
+def map_macros(s: Sizes, c: Cut) -> tuple[Constants, int]:
+    """The macros of JN_MAP, and the threads of a block."""
+    wave = wave_size(s.problem.target)
+    threads = _round_up(c.q * (c.tile // s.v), wave) if s.last else c.q
+    shape = (("JN_TILE", c.tile), ("JN_Q", c.q)) if s.last else ()
+    common = (
+        ("JN_LAST", s.last),
+        ("JN_S", s.space),
+        ("JN_C", s.channels),
+        ("JN_CG", s.group),
+        ("JN_V", s.v),
+        ("JN_K", c.k),
+        ("JN_PART", c.part),
+        ("JN_THREADS", threads),
+        ("JN_MIN_BLOCKS", c.min_blocks),
+    )
+    return (*common, *shape), threads
+
+
+def part_count(s: Sizes, c: Cut) -> int:
+    return _ceil(s.space if s.last else s.chunks, c.part)
+
+
+def block_count(s: Sizes, c: Cut) -> int:
+    """Map::blocks"""
+    return s.batch * part_count(s, c) * (_ceil(s.channels, c.tile) if s.last else s.groups)
+
+
+def sum_bytes(s: Sizes, c: Cut, threads: int, n: int) -> int:
+    """Map::sum_floats"""
+    if not s.last:
+        return 4 * n * (threads // wave_size(s.problem.target))
+    each, units, row = s.columns, s.v // s.u, c.tile // s.u
+    by_column = c.q <= 32 and each <= 16
+    width = row if by_column or row < 32 else row + (_round_up(each, units) - row % 32) % 32
+    kept = width if by_column else c.tile // s.group
+    return _round_up(n * (c.q * width + kept), 4) * 4
+
+
+def vector_types(s: Sizes) -> Constants:
+    p = s.problem
+    return (
+        ("JN_X", _type(p, "x")),
+        ("JN_WEIGHT", _type(p, "weight")),
+        ("JN_BIAS", _type(p, "bias")),
+        ("JN_SILU", bool(p.option("silu"))),
+    )
+
+
+def reduce_launch(s: Sizes, rows: int) -> Launch:
+    """One block for 128 bytes of columns, as for the weight gradient of rows."""
+    n = 2 * s.channels
+    v, columns, slices = largest_power_of_2_in(n, 4), 8, 32
+    return Launch(
+        kernel="groupnorm.hip:groupnorm_bwd_reduce",
+        inputs=("partials",),
+        outputs=("dparams",),
+        grid=(_ceil(n, columns * v), 1, 1),
+        constants=(
+            ("JN_LAST", s.last),
+            ("JN_N", n),
+            ("JN_V", v),
+            ("JN_COLUMNS", columns),
+            ("JN_SLICES", slices),
+        ),
+        scalars=(("programs", "i32", rows),),
+        threads=columns * slices,
+        shared=slices // 2 * columns * v * 4,
+    )

@@ -14,8 +14,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from . import Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
-from ._groups import Cut, Lines, Sizes, largest_factor, largest_power_of_2_in, power_of_2_below, sizes
-from ._hip import MAX_THREADS, TYPES, Constants, _ceil, _grid, _itemsize, _nvidia, _round_up, _type
+from ._groups import (
+    Cut,
+    Lines,
+    Sizes,
+    block_count,
+    largest_factor,
+    map_macros,
+    part_count,
+    power_of_2_below,
+    reduce_launch,
+    sizes,
+    sum_bytes,
+    vector_types,
+)
+from ._hip import MAX_THREADS, TYPES, _ceil, _grid, _itemsize, _nvidia, _round_up, _type
 
 SOURCE = "groupnorm.hip"
 MAX_PARTS = 256
@@ -98,8 +111,8 @@ def _on_chip(s: Sizes) -> Cut | None:
     if k > most or q * s.columns > 768:
         return None
     c = Cut(q * k, k, q, _tile(s, q, 256))
-    threads = _map(s, c)[1]
-    fits = _sum_bytes(s, c, threads, 1) + _sum_bytes(s, c, threads, 2) <= shared_memory(s.problem.target)
+    threads = map_macros(s, c)[1]
+    fits = sum_bytes(s, c, threads, 1) + sum_bytes(s, c, threads, 2) <= shared_memory(s.problem.target)
     return c if fits else None
 
 
@@ -171,74 +184,25 @@ def _wider(s: Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], fac
                 yield Cut(part, k, q, _tile(s, q, 640, _ceil(s.space, part), blocks))
 
 
-def _map(s: Sizes, c: Cut) -> tuple[Constants, int]:
-    """The macros of JN_MAP, and the threads of a block."""
-    wave = wave_size(s.problem.target)
-    threads = _round_up(c.q * (c.tile // s.v), wave) if s.last else c.q
-    shape = (("JN_TILE", c.tile), ("JN_Q", c.q)) if s.last else ()
-    common = (
-        ("JN_LAST", s.last),
-        ("JN_S", s.space),
-        ("JN_C", s.channels),
-        ("JN_CG", s.group),
-        ("JN_V", s.v),
-        ("JN_K", c.k),
-        ("JN_PART", c.part),
-        ("JN_THREADS", threads),
-        ("JN_MIN_BLOCKS", c.min_blocks),
-    )
-    return (*common, *shape), threads
-
-
-def _parts(s: Sizes, c: Cut) -> int:
-    return _ceil(s.space if s.last else s.chunks, c.part)
-
-
-def _blocks(s: Sizes, c: Cut) -> int:
-    """Map::blocks"""
-    return s.batch * _parts(s, c) * (_ceil(s.channels, c.tile) if s.last else s.groups)
-
-
-def _sum_bytes(s: Sizes, c: Cut, threads: int, n: int) -> int:
-    """Map::sum_floats"""
-    if not s.last:
-        return 4 * n * (threads // wave_size(s.problem.target))
-    each, units, row = s.columns, s.v // s.u, c.tile // s.u
-    by_column = c.q <= 32 and each <= 16
-    width = row if by_column or row < 32 else row + (_round_up(each, units) - row % 32) % 32
-    kept = width if by_column else c.tile // s.group
-    return _round_up(n * (c.q * width + kept), 4) * 4
-
-
-def _vectors(s: Sizes) -> Constants:
-    p = s.problem
-    return (
-        ("JN_X", _type(p, "x")),
-        ("JN_WEIGHT", _type(p, "weight")),
-        ("JN_BIAS", _type(p, "bias")),
-        ("JN_SILU", bool(p.option("silu"))),
-    )
-
-
 def _forward_launches(s: Sizes, c: Cut) -> tuple[Launch, ...]:
-    p, (shape, threads) = s.problem, _map(s, c)
+    p, (shape, threads) = s.problem, map_macros(s, c)
     batches = ("batches", "i64", s.batch)
     low = p.dtype("x") == "float32"
     constants = (
         *shape,
-        *_vectors(s),
+        *vector_types(s),
         ("JN_Y", _type(p, "y")),
         ("JN_EPS", float(p.option("eps"))),  # type: ignore[arg-type]
         ("JN_HAS_STATS", p.has("stats")),
     )
-    sums = _sum_bytes(s, c, threads, 1) + _sum_bytes(s, c, threads, 2)
-    if _parts(s, c) == 1 and c.part == c.q * c.k:
+    sums = sum_bytes(s, c, threads, 1) + sum_bytes(s, c, threads, 2)
+    if part_count(s, c) == 1 and c.part == c.q * c.k:
         return (
             Launch(
                 kernel=f"{SOURCE}:groupnorm_fwd",
                 inputs=("x", "weight", "bias"),
                 outputs=("y", "stats"),
-                grid=_grid(_blocks(s, c)),
+                grid=_grid(block_count(s, c)),
                 constants=constants,
                 scalars=(batches,),
                 threads=threads,
@@ -250,18 +214,18 @@ def _forward_launches(s: Sizes, c: Cut) -> tuple[Launch, ...]:
         kernel=f"{SOURCE}:groupnorm_partials",
         inputs=("x",),
         outputs=("partials",),
-        grid=_grid(_blocks(s, c)),
+        grid=_grid(block_count(s, c)),
         constants=(*shape, ("JN_X", _type(p, "x")), ("JN_LOW", low)),
         scalars=(batches,),
         threads=threads,
         shared=sums,
-        temps=(("partials", (s.batch * s.groups, planes, _parts(s, c)), "float32"),),
+        temps=(("partials", (s.batch * s.groups, planes, part_count(s, c)), "float32"),),
     )
     apply = Launch(
         kernel=f"{SOURCE}:groupnorm_apply",
         inputs=("x", "weight", "bias", "partials"),
         outputs=("y", "stats"),
-        grid=_grid(_blocks(s, c)),
+        grid=_grid(block_count(s, c)),
         constants=(*constants, ("JN_LOW", low)),
         scalars=(batches,),
         threads=threads,
@@ -281,7 +245,7 @@ def _backward(s: Sizes) -> tuple[Cut | Lines, Cut]:
         # eight groups to a chunk cost a thread 40 registers of constants
         cut = replace(c, k=k)
         if s.u == 1:
-            cut = replace(cut, tile=min(c.tile, _tile(s, c.q, 320, _parts(s, c))))
+            cut = replace(cut, tile=min(c.tile, _tile(s, c.q, 320, part_count(s, c))))
         while _backward_shared(s, cut) > shared_memory(s.problem.target) and cut.tile > s.narrowest:
             cut = replace(cut, tile=cut.tile - s.narrowest)
         if _backward_shared(s, cut) > shared_memory(s.problem.target):
@@ -313,7 +277,7 @@ def _resident_sums(s: Sizes, c: Cut) -> Cut:
     *H200*, 2x64x64x320: 6.9 us with one chunk and two blocks, 7.7 with two and two, 9.3 with two and one."""
     if not s.problem.option("silu") or s.words > 8 or s.u == 1 or c.part <= 2 * c.q:
         return c
-    threads = _map(s, c)[1]
+    threads = map_macros(s, c)[1]
     if s.u == s.v:
         return replace(c, min_blocks=max(1, 768 // threads))
     return replace(c, k=1, min_blocks=max(1, 640 // threads))
@@ -327,9 +291,9 @@ def _resident_dx(s: Sizes, c: Cut) -> Cut:
     if s.words > 8 or s.u == 1 or c.part <= c.q:
         return c
     if not s.problem.option("silu"):
-        return replace(c, min_blocks=max(1, 640 // _map(s, c)[1]))
-    small = replace(c, k=1, tile=min(c.tile, _tile(s, c.q, 256, _parts(s, c))))
-    blocks = min(4, (1024 if s.u == s.v else 640) // _map(s, small)[1])
+        return replace(c, min_blocks=max(1, 640 // map_macros(s, c)[1]))
+    small = replace(c, k=1, tile=min(c.tile, _tile(s, c.q, 256, part_count(s, c))))
+    blocks = min(4, (1024 if s.u == s.v else 640) // map_macros(s, small)[1])
     return replace(small, min_blocks=blocks) if blocks > 1 else c
 
 
@@ -363,8 +327,8 @@ def _backward_shared(s: Sizes, c: Cut) -> int:
 
 def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ...]:
     p = s.problem
-    (shape, threads), batches = _map(s, dx), ("batches", "i64", s.batch)
-    vectors = (*_vectors(s), ("JN_DY", _type(p, "dy")))
+    (shape, threads), batches = map_macros(s, dx), ("batches", "i64", s.batch)
+    vectors = (*vector_types(s), ("JN_DY", _type(p, "dy")))
     dparams = p.has("dparams")
     if isinstance(sums, Lines):
         parts = _ceil(s.space // s.v, sums.part)
@@ -375,9 +339,9 @@ def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ..
         sum_threads, shared = sums.lanes * sums.lines, 8 * (sums.lanes // wave_size(p.target))
         shares = s.group * parts
     else:
-        parts = shares = _parts(s, sums)
-        constants, sum_threads = _map(s, sums)
-        blocks, shared = _blocks(s, sums), _backward_shared(s, sums)
+        parts = shares = part_count(s, sums)
+        constants, sum_threads = map_macros(s, sums)
+        blocks, shared = block_count(s, sums), _backward_shared(s, sums)
     launches = [
         Launch(
             kernel=f"{SOURCE}:groupnorm_bwd_sums",
@@ -397,7 +361,7 @@ def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ..
             kernel=f"{SOURCE}:groupnorm_bwd_dx",
             inputs=("x", "dy", "weight", "bias", "stats", "shares"),
             outputs=("dx",),
-            grid=_grid(_blocks(s, dx)),
+            grid=_grid(block_count(s, dx)),
             constants=(*shape, *vectors, ("JN_DX", _type(p, "dx")), ("JN_SHARES", shares)),
             scalars=(batches,),
             threads=threads,
@@ -405,27 +369,5 @@ def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ..
         ),
     ]
     if dparams:
-        launches.append(_reduce_launch(s, s.batch * parts))
+        launches.append(reduce_launch(s, s.batch * parts))
     return tuple(launches)
-
-
-def _reduce_launch(s: Sizes, rows: int) -> Launch:
-    """One block for 128 bytes of columns, as for the weight gradient of rows."""
-    n = 2 * s.channels
-    v, columns, slices = largest_power_of_2_in(n, 4), 8, 32
-    return Launch(
-        kernel=f"{SOURCE}:groupnorm_bwd_reduce",
-        inputs=("partials",),
-        outputs=("dparams",),
-        grid=(_ceil(n, columns * v), 1, 1),
-        constants=(
-            ("JN_LAST", s.last),
-            ("JN_N", n),
-            ("JN_V", v),
-            ("JN_COLUMNS", columns),
-            ("JN_SLICES", slices),
-        ),
-        scalars=(("programs", "i32", rows),),
-        threads=columns * slices,
-        shared=slices // 2 * columns * v * 4,
-    )

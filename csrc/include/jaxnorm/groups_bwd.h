@@ -45,43 +45,32 @@ struct SumsOut {
   float* shares;    // [batch * G, 2, shares of a group]: the same times the weight, added up over channels
 };
 
-// Channels last. Shared memory: 2 * Q * TILE + 2 * TILE + 2 * GROUPS floats.
+// One step of the sums over a thread's channels.
 template <class M, class X, class DY, class W, class B, bool SILU>
-JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
-                           u64 batches, SumsOut out) {
-  constexpr int V = M::V, Q = M::Q, TILE = M::TILE;
-  const u64 block = linear_block();
-  if (block >= M::blocks(batches)) return;
-  const M map(block, thread_id());
-  Step<M, X> xs, xs_ahead;
-  Step<M, DY> gs, gs_ahead;
-  xs.issue(map, x, 0);
-  gs.issue(map, dy, 0);
-  ChannelConstants<M, W, B, SILU> constants;
-  constants.load(map, weight, bias, stats);
-
-  float sums[2][V] = {};
-#pragma unroll 1
-  for (int s = 0; s < M::STEPS; ++s) {
-    if (s + 1 < M::STEPS) xs_ahead.issue(map, x, s + 1), gs_ahead.issue(map, dy, s + 1);
+JN_DEV void add_products(const M& map, const Step<M, X>& xs, const Step<M, DY>& gs, int step,
+                         const ChannelConstants<M, W, B, SILU>& constants, float (&sums)[2][M::V]) {
+  constexpr int V = M::V;
 #pragma unroll
-    for (int k = 0; k < M::K; ++k) {
-      if (!map.has(s, k)) continue;
-      float f[V], g[V];
-      widen<X, V>(xs.raw[k], f);
-      widen<DY, V>(gs.raw[k], g);
+  for (int k = 0; k < M::K; ++k) {
+    if (!map.has(step, k)) continue;
+    float f[V], g[V];
+    widen<X, V>(xs.raw[k], f);
+    widen<DY, V>(gs.raw[k], g);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const float xh = constants.stats[i / M::U].normalised(f[i]);
-        const float g1 = through_activation<SILU>(g[i], xh, constants.w[i], constants.b[SILU ? i : 0]);
-        sums[0][i] = fused_multiply_add(g1, xh, sums[0][i]);
-        sums[1][i] += g1;
-      }
+    for (int i = 0; i < V; ++i) {
+      const float xh = constants.stats[i / M::U].normalised(f[i]);
+      const float g1 = through_activation<SILU>(g[i], xh, constants.w[i], constants.b[SILU ? i : 0]);
+      sums[0][i] = fused_multiply_add(g1, xh, sums[0][i]);
+      sums[1][i] += g1;
     }
-    xs = xs_ahead, gs = gs_ahead;
   }
+}
 
-  float* memory = (float*)shared_memory();
+// The sums of a block's threads to those of its channels and groups. Memory: 2 * Q * TILE + 2 * TILE + 2 * GROUPS
+// floats, no barrier before nor behind.
+template <class M, class W>
+JN_DEV void save_sums(const M& map, const float (&sums)[2][M::V], float* memory, const char* weight, SumsOut out) {
+  constexpr int V = M::V, Q = M::Q, TILE = M::TILE;
   float* totals = memory + 2 * Q * TILE;
   if (map.q < u32(Q)) {
 #pragma unroll
@@ -107,6 +96,31 @@ JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, co
     const u32 n = i / M::GROUPS, g = map.tile * M::GROUPS + i % M::GROUPS;
     if (g < u32(M::G)) out.shares[((map.batch * M::G + g) * 2 + n) * M::PARTS + map.part] = groups[i];
   }
+}
+
+// Channels last. Shared memory: that of save_sums.
+template <class M, class X, class DY, class W, class B, bool SILU>
+JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                           u64 batches, SumsOut out) {
+  const u64 block = linear_block();
+  if (block >= M::blocks(batches)) return;
+  const M map(block, thread_id());
+  Step<M, X> xs, xs_ahead;
+  Step<M, DY> gs, gs_ahead;
+  xs.issue(map, x, 0);
+  gs.issue(map, dy, 0);
+  ChannelConstants<M, W, B, SILU> constants;
+  constants.load(map, weight, bias, stats);
+
+  float sums[2][M::V] = {};
+#pragma unroll 1
+  for (int s = 0; s < M::STEPS; ++s) {
+    if (s + 1 < M::STEPS) xs_ahead.issue(map, x, s + 1), gs_ahead.issue(map, dy, s + 1);
+    add_products(map, xs, gs, s, constants, sums);
+    xs = xs_ahead, gs = gs_ahead;
+  }
+
+  save_sums<M, W>(map, sums, (float*)shared_memory(), weight, out);
 }
 
 // Channels first: LANES threads sum PART chunks of one channel; a block has LINES of them (one, if LANES is more than a
@@ -138,41 +152,32 @@ template <int S_, int C_, int CG_, int V_, int LANES_, int LINES_, int K_, int P
   JN_DEV u64 at(int step, int k) const { return start + u64(u32(step * K + k) * LANES) * V; }
 };
 
-template <class M, class X, class DY, class W, class B, bool SILU>
-JN_DEV void group_bwd_rows(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
-                           u64 batches, SumsOut out) {
-  constexpr int V = M::V;
-  const u64 block = linear_block();
-  if (block >= M::blocks(batches)) return;
-  const u32 thread = thread_id();
-  const M map(block, thread, batches);
-  Step<M, X> xs, xs_ahead;
-  Step<M, DY> gs, gs_ahead;
-  xs.issue(map, x, 0);
-  gs.issue(map, dy, 0);
-  const u64 batch = map.row / M::C;
-  const u32 channel = u32(map.row % M::C);
-  ChannelStats constants{};
-  float w = 1.f, b = 0.f;
-  if (map.live) {
-    constants.load(stats, batch, channel, M::C);
+// What a thread needs of its one channel.
+template <class X, class DY, class W, class B, bool SILU> struct OneChannel {
+  ChannelStats stats;
+  float w, b;
+  template <class M> JN_DEV void load(const M& map, const char* weight, const char* bias, const float* s) {
+    *this = OneChannel{};
+    w = 1.f;
+    if (!map.live) return;
+    const u32 channel = u32(map.row % M::C);
+    stats.load(s, map.row / M::C, channel, M::C);
     w = load_channel<W>(weight, channel, 1.f);
     if constexpr (SILU) b = load_channel<B>(bias, channel, 0.f);
   }
-
-  float sums[2] = {};
-#pragma unroll 1
-  for (int s = 0; s < M::STEPS; ++s) {
-    if (s + 1 < M::STEPS) xs_ahead.issue(map, x, s + 1), gs_ahead.issue(map, dy, s + 1);
+  template <class M>
+  JN_DEV void add_products(const M& map, const Step<M, X>& xs, const Step<M, DY>& gs, int step,
+                           float (&sums)[2]) const {
+    constexpr int V = M::V;
 #pragma unroll
     for (int k = 0; k < M::K; ++k) {
-      if (!map.has(s, k)) continue;
+      if (!map.has(step, k)) continue;
       float f[V], g[V], part[2] = {};
       widen<X, V>(xs.raw[k], f);
       widen<DY, V>(gs.raw[k], g);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float xh = constants.normalised(f[i]);
+        const float xh = stats.normalised(f[i]);
         const float g1 = through_activation<SILU>(g[i], xh, w, b);
         part[0] = fused_multiply_add(g1, xh, part[0]);
         part[1] += g1;
@@ -180,12 +185,15 @@ JN_DEV void group_bwd_rows(const char* x, const char* dy, const char* weight, co
       sums[0] += part[0];
       sums[1] += part[1];
     }
-    xs = xs_ahead, gs = gs_ahead;
   }
+};
+
+// The sums of a line's threads. Memory: 2 * WAVES floats, if LANES is more than a wave; no barrier before nor behind.
+template <class M> JN_DEV void save_row_sums(const M& map, float (&sums)[2], float* memory, float w, SumsOut out) {
   sums[0] = lanes_sum<min_of(M::LANES, kWave) / 2>(sums[0]);
   sums[1] = lanes_sum<min_of(M::LANES, kWave) / 2>(sums[1]);
+  const u32 thread = thread_id();
   if constexpr (M::LANES > kWave) {
-    float* memory = (float*)shared_memory();
     if (thread % kWave == 0) memory[thread / kWave] = sums[0], memory[M::WAVES + thread / kWave] = sums[1];
     barrier();
     constexpr int slots = next_power_of_2(M::WAVES);
@@ -198,6 +206,8 @@ JN_DEV void group_bwd_rows(const char* x, const char* dy, const char* weight, co
     }
   }
   if (!map.live || map.lane != 0) return;
+  const u64 batch = map.row / M::C;
+  const u32 channel = u32(map.row % M::C);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     if (out.partials != nullptr)
@@ -205,6 +215,29 @@ JN_DEV void group_bwd_rows(const char* x, const char* dy, const char* weight, co
     const u64 group = batch * M::G + channel / M::CG;
     out.shares[(group * 2 + n) * (M::CG * M::PARTS) + channel % M::CG * M::PARTS + map.part] = sums[n] * w;
   }
+}
+
+template <class M, class X, class DY, class W, class B, bool SILU>
+JN_DEV void group_bwd_rows(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                           u64 batches, SumsOut out) {
+  const u64 block = linear_block();
+  if (block >= M::blocks(batches)) return;
+  const M map(block, thread_id(), batches);
+  Step<M, X> xs, xs_ahead;
+  Step<M, DY> gs, gs_ahead;
+  xs.issue(map, x, 0);
+  gs.issue(map, dy, 0);
+  OneChannel<X, DY, W, B, SILU> channel;
+  channel.load(map, weight, bias, stats);
+
+  float sums[2] = {};
+#pragma unroll 1
+  for (int s = 0; s < M::STEPS; ++s) {
+    if (s + 1 < M::STEPS) xs_ahead.issue(map, x, s + 1), gs_ahead.issue(map, dy, s + 1);
+    channel.add_products(map, xs, gs, s, sums);
+    xs = xs_ahead, gs = gs_ahead;
+  }
+  save_row_sums(map, sums, (float*)shared_memory(), channel.w, out);
 }
 
 // mean(gw * xh) and mean(gw) of a group from its SHARES shares, by SUB lanes.
@@ -218,6 +251,33 @@ template <int SHARES, int SUB> JN_DEV GroupMeans add_shares(const float* shares,
     for (u32 p = lane; p < u32(SHARES); p += SUB) sum[0] += shares[p], sum[1] += shares[SHARES + p];
   }
   return GroupMeans{lanes_sum<SUB / 2>(sum[0]) * scale, lanes_sum<SUB / 2>(sum[1]) * scale};
+}
+
+// Those of a thread's units. Channels last; memory: 2 * GROUPS floats.
+template <class M, int SHARES>
+JN_DEV void unit_means(const M& map, const float* shares, float scale, float* memory, GroupMeans (&means)[M::UNITS]) {
+  constexpr int SUB = min_of(kWave, next_power_of_2(SHARES)), at_once = M::THREADS / SUB;
+  const u32 lane = map.thread % SUB;
+#pragma unroll 2
+  for (int s = 0; s < M::GROUPS; s += at_once) {
+    const u32 g = s + map.thread / SUB, whole = map.tile * M::GROUPS + g;
+    const bool there = g < u32(M::GROUPS) && whole < u32(M::G);
+    const GroupMeans found = add_shares<SHARES, SUB>(shares + u64(whole) * (2 * SHARES), lane, scale, there);
+    if (there && lane == 0) memory[2 * g] = found.along, memory[2 * g + 1] = found.plain;
+  }
+  barrier();
+#pragma unroll
+  for (int u = 0; u < M::UNITS; ++u) {
+    const float* at = memory + 2 * (map.live ? map.group(u) : 0);
+    means[u] = GroupMeans{at[0], at[1]};
+  }
+}
+
+template <bool SILU>
+JN_DEV float dx_value(float x, float g, const ChannelStats& stats, const GroupMeans& means, float w, float b) {
+  const float xh = stats.normalised(x);
+  const float gw = through_activation<SILU>(g, xh, w, b) * w;
+  return stats.rstd * fused_multiply_add(-xh, means.along, gw - means.plain);
 }
 
 // Blocks go backwards, as in group_apply. Shared memory (channels last): 2 * GROUPS floats.
@@ -240,21 +300,7 @@ JN_DEV void group_bwd_dx(const char* x, const char* dy, const char* weight, cons
   [[maybe_unused]] ChannelConstants<M, W, B, SILU> constants;
   if constexpr (M::LAST) {
     constants.load(map, weight, bias, stats);
-    float* memory = (float*)shared_memory();
-    constexpr int at_once = M::THREADS / SUB;
-#pragma unroll 2
-    for (int s = 0; s < M::GROUPS; s += at_once) {
-      const u32 g = s + map.thread / SUB, whole = map.tile * M::GROUPS + g;
-      const bool there = g < u32(M::GROUPS) && whole < u32(M::G);
-      const GroupMeans found = add_shares<SHARES, SUB>(shares + u64(whole) * (2 * SHARES), lane, scale, there);
-      if (there && lane == 0) memory[2 * g] = found.along, memory[2 * g + 1] = found.plain;
-    }
-    barrier();
-#pragma unroll
-    for (int u = 0; u < M::UNITS; ++u) {
-      const float* at = memory + 2 * (map.live ? map.group(u) : 0);
-      means[u] = GroupMeans{at[0], at[1]};
-    }
+    unit_means<M, SHARES>(map, shares, scale, (float*)shared_memory(), means);
   } else {
     first.load(stats, map.batch, map.g * M::CG, M::C);
     means[0] = add_shares<SHARES, SUB>(shares + map.g * (2 * SHARES), lane, scale, true);
@@ -278,10 +324,7 @@ JN_DEV void group_bwd_dx(const char* x, const char* dy, const char* weight, cons
         if constexpr (M::LAST) w = constants.w[i];
         if constexpr (M::LAST && SILU) b = constants.b[SILU ? i : 0];
         const int u = i / M::U;
-        const ChannelStats& st = M::LAST ? constants.stats[u] : first;
-        const float xh = st.normalised(f[i]);
-        const float gw = through_activation<SILU>(g[i], xh, w, b) * w;
-        f[i] = st.rstd * fused_multiply_add(-xh, means[u].along, gw - means[u].plain);
+        f[i] = dx_value<SILU>(f[i], g[i], M::LAST ? constants.stats[u] : first, means[u], w, b);
       }
       store_bits(dx + map.at(s, k) * DX::size, narrow<DX, V>(f));
     }

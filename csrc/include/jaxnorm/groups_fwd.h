@@ -152,6 +152,21 @@ JN_DEV void group_norm(const char* x, Store store, float eps, u64 batches, float
   if (stats_out != nullptr) save_stats(map, stats, stats_out);
 }
 
+// Mean and squares of one part from its pivot and the sums of deviations and squared deviations v.
+template <bool LOW, class M>
+JN_DEV void save_part(const M& map, const float (&pivot)[1][M::UNITS], const float (&v)[2][M::UNITS], float* partials) {
+  const float share = 1.f / map.count();
+#pragma unroll
+  for (int u = 0; u < M::UNITS; ++u) {
+    if (!map.owns(u)) continue;
+    const float e = v[0][u] * share;
+    float* at = partials + (map.batch * M::G + map.whole_group(u)) * ((LOW ? 3 : 2) * M::PARTS) + map.part;
+    at[0] = LOW ? pivot[0][u] : pivot[0][u] + e;
+    at[M::PARTS] = fused_multiply_add(-e, v[0][u], v[1][u]);
+    if constexpr (LOW) at[2 * M::PARTS] = e;
+  }
+}
+
 // partials [batch * G, 2 or 3, PARTS]: mean, sum of squared deviations, and with LOW what the mean lost to rounding.
 // The pivot that deviations are counted from is the mean of the part's first step.
 template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, u64 batches, float* partials) {
@@ -176,16 +191,7 @@ template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, 
     add_deviations(map, step, s, pivot, v);
   }
   map.template totals<2, true>(v, memory + M::sum_floats(1));
-  const float share = 1.f / map.count();
-#pragma unroll
-  for (int u = 0; u < M::UNITS; ++u) {
-    if (!map.owns(u)) continue;
-    const float e = v[0][u] * share;
-    float* at = partials + (map.batch * M::G + map.whole_group(u)) * ((LOW ? 3 : 2) * M::PARTS) + map.part;
-    at[0] = LOW ? pivot[0][u] : pivot[0][u] + e;
-    at[M::PARTS] = fused_multiply_add(-e, v[0][u], v[1][u]);
-    if constexpr (LOW) at[2 * M::PARTS] = e;
-  }
+  save_part<LOW>(map, pivot, v, partials);
 }
 
 // Statistics of the group from its parts, by SUB lanes; all of them get the result.
