@@ -49,7 +49,7 @@ $(VENV)/bin/python:
 	@echo "== $(VENV): $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.package: pyproject.toml setup.py setup.cfg csrc/launcher.cc $(wildcard csrc/distributed/*) jaxnorm/_version.py | $(VENV)/bin/python
+$(VENV)/.package: pyproject.toml setup.py setup.cfg csrc/launcher.cc csrc/driver.h $(wildcard csrc/distributed/*) jaxnorm/_version.py | $(VENV)/bin/python
 	@echo "== installing jaxnorm[$(EXTRAS)] and building its launcher"
 	@$(PIP) -e '.[$(EXTRAS)]'
 	@touch $@

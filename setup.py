@@ -20,7 +20,7 @@ def xla_headers() -> list[str]:
 launcher = Extension(
     "jaxnorm._launcher",
     ["csrc/launcher.cc", "csrc/distributed/fused_call.cc"],
-    depends=["csrc/distributed/group.h", "csrc/distributed/peer_driver.h"],
+    depends=["csrc/driver.h", "csrc/distributed/group.h", "csrc/distributed/peer_driver.h"],
     language="c++",
     py_limited_api=True,  # It has no Python in it at all: one binary for every version.
     optional=True,

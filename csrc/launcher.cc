@@ -1,13 +1,12 @@
-// FFI target jaxnorm_launch: launches one kernel of a code object (hsaco or cubin) on XLA's stream, on CUDA and ROCm.
+// FFI target jaxnorm_launch: launches kernels of code objects (hsaco or cubin), one after another, on XLA's stream, on
+// CUDA and ROCm.
 //
 // Built by a plain C++ compiler with no GPU toolkit: the driver is found with dlopen when the first kernel is loaded.
 // Three stages:
 //   instantiate  checks the attributes, when the program is compiled
 //   initialize   loads the code object on the current device, before XLA may record a graph
-//   execute      fills the parameter array and launches; it takes no lock, allocates nothing and synchronises nothing
+//   execute      fills the parameter arrays and launches; it takes no lock, allocates nothing and synchronises nothing
 // A code object is loaded once per device, however many call sites use it, and stays loaded until the process ends.
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -21,6 +20,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "driver.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxnorm {
@@ -31,159 +31,43 @@ using Str = std::string_view;
 using Ints = ffi::Span<const int64_t>;
 
 // Attributes or exported symbols changed: raise it here and in jaxnorm/_native.py, so that an old binary says so.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 constexpr size_t kMaxParams = 64;
+constexpr size_t kMaxBuffers = 128;  // of a call site, scratch between its launches included
 constexpr size_t kTritonScratch =
     2;  // Triton kernels end in two pointers (global and profile scratch); others ignore them.
 constexpr int64_t kMaxThreads = 1024;
 constexpr int64_t kMaxGridX = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxGridYZ = 65535;
 constexpr int64_t kDefaultSharedCuda = 48 << 10;  // More dynamic shared memory must be asked for, function by function.
-constexpr int kMaxDynamicSharedSizeAttribute = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-constexpr int kSuccess = 0;                        // CUDA_SUCCESS, hipSuccess
 
-// The module calls of the CUDA driver API and of HIP have the same shape; opaque handles are void*.
-class Driver {
- public:
-  // The instance for one vendor, opened at the first use.
-  static const Driver& Get(bool hip) {
-    if (hip) {
-      static const Driver* rocm = new Driver(true);
-      return *rocm;
-    }
-    static const Driver* cuda = new Driver(false);
-    return *cuda;
-  }
-
-  // Why the driver is not usable; empty when it is.
-  const std::string& error() const { return error_; }
-
-  // Key of what modules belong to: the CUDA context, or the HIP device. Both are per thread, and XLA sets them before a
-  // stage.
-  int Current(uint64_t* key) const {
-    if (hip_) {
-      int device = 0;
-      int status = get_device_(&device);
-      *key = static_cast<uint64_t>(device);
-      return status;
-    }
-    void* context = nullptr;
-    if (int status = get_context_(&context)) return status;
-    if (context == nullptr) return kInvalidContext;
-    unsigned long long id = reinterpret_cast<uintptr_t>(context);
-    // An id is never used twice, but the address of a destroyed context can be.
-    int status = get_context_id_ ? get_context_id_(context, &id) : kSuccess;
-    *key = id;
-    return status;
-  }
-
-  int LoadModule(void** module, const void* image) const { return load_module_(module, image); }
-  int GetFunction(void** function, void* module, const char* name) const {
-    return get_function_(function, module, name);
-  }
-
-  // Lets a function use more dynamic shared memory than the default. HIP has no such limit for a module's function.
-  int RaiseShared(void* function, int64_t bytes) const {
-    if (hip_) return kSuccess;
-    return set_attribute_(function, kMaxDynamicSharedSizeAttribute, static_cast<int>(bytes));
-  }
-
-  int Launch(void* function, Ints grid, int64_t threads, int64_t shared, void* stream, void** params) const {
-    auto narrow = [](int64_t checked) { return static_cast<unsigned>(checked); };
-    return launch_(function, narrow(grid[0]), narrow(grid[1]), narrow(grid[2]), narrow(threads), 1, 1, narrow(shared),
-                   stream, params, nullptr);
-  }
-
-  // "cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED (719): unspecified launch failure"
-  std::string Describe(const char* cuda_call, const char* hip_call, int status) const {
-    const char *name = nullptr, *text = nullptr;
-    if (hip_) {
-      if (hip_error_name_) name = hip_error_name_(status);
-      if (hip_error_text_) text = hip_error_text_(status);
-    } else {
-      if (cuda_error_name_) cuda_error_name_(status, &name);
-      if (cuda_error_text_) cuda_error_text_(status, &text);
-    }
-    return std::string(hip_ ? hip_call : cuda_call) + ": " + (name ? name : "error") + " (" + std::to_string(status) +
-           ")" + (text ? std::string(": ") + text : "");
-  }
-
- private:
-  static constexpr int kInvalidContext = 201;  // CUDA_ERROR_INVALID_CONTEXT
-
-  explicit Driver(bool hip) : hip_(hip) {
-    void* library = Open();
-    if (library == nullptr) return;
-    if (hip) {
-      Find(library, "hipModuleLoadData", &load_module_);
-      Find(library, "hipModuleGetFunction", &get_function_);
-      Find(library, "hipModuleLaunchKernel", &launch_);
-      Find(library, "hipGetDevice", &get_device_);
-      Find(library, "hipGetErrorName", &hip_error_name_, false);
-      Find(library, "hipGetErrorString", &hip_error_text_, false);
-    } else {
-      Find(library, "cuModuleLoadData", &load_module_);
-      Find(library, "cuModuleGetFunction", &get_function_);
-      Find(library, "cuLaunchKernel", &launch_);
-      Find(library, "cuFuncSetAttribute", &set_attribute_);
-      Find(library, "cuCtxGetCurrent", &get_context_);
-      Find(library, "cuCtxGetId", &get_context_id_, false);
-      Find(library, "cuGetErrorName", &cuda_error_name_, false);
-      Find(library, "cuGetErrorString", &cuda_error_text_, false);
-    }
-  }
-
-  // The copy that JAX's plugin has mapped comes first: a second runtime in one process would not know its streams.
-  void* Open() {
-    static constexpr std::array<const char*, 1> kCuda = {"libcuda.so.1"};
-    static constexpr std::array<const char*, 3> kHip = {"libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"};
-    const char* const* names = hip_ ? kHip.data() : kCuda.data();
-    const size_t count = hip_ ? kHip.size() : kCuda.size();
-    std::string missing_reason;
-    for (int flag : {RTLD_NOLOAD, 0}) {
-      for (size_t i = 0; i < count; ++i) {
-        if (void* library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL | flag)) return library;
-        // The reason for the first name is the one to tell: the others are for older systems.
-        if (const char* reason = dlerror(); reason && flag == 0 && i == 0) missing_reason = reason;
-      }
-    }
-    error_ = (hip_ ? "no ROCm runtime: " : "no NVIDIA driver: ") + missing_reason;
-    return nullptr;
-  }
-
-  template <typename F> void Find(void* library, const char* symbol, F* slot, bool required = true) {
-    *slot = reinterpret_cast<F>(dlsym(library, symbol));
-    if (*slot == nullptr && required && error_.empty()) error_ = std::string("the driver has no function ") + symbol;
-  }
-
-  const bool hip_;
-  std::string error_;
-  int (*load_module_)(void**, const void*) = nullptr;
-  int (*get_function_)(void**, void*, const char*) = nullptr;
-  int (*launch_)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
-                 void**) = nullptr;
-  int (*set_attribute_)(void*, int, int) = nullptr;
-  int (*get_device_)(int*) = nullptr;
-  int (*get_context_)(void**) = nullptr;
-  int (*get_context_id_)(void*, unsigned long long*) = nullptr;
-  const char* (*hip_error_name_)(int) = nullptr;
-  const char* (*hip_error_text_)(int) = nullptr;
-  int (*cuda_error_name_)(int, const char**) = nullptr;
-  int (*cuda_error_text_)(int, const char**) = nullptr;
-};
-
-// The attributes of one call site.
+// One launch of a call site.
 struct Call {
   Str image, name, target;
   Ints grid;
   int64_t threads, shared;
   Str layout;
   Ints scalars;
-  int64_t key;  // digest of image, name and target, so that a launch need not read the image
+  Ints buffers;   // of each p of the layout: which of the call site's operands and results
+  int64_t key;    // digest of image, name and target, so that a launch need not read the image
+  bool overlaps;  // it may begin before the launch before it, of this call site, has ended
 
   bool hip() const { return target.substr(0, 3) == "gfx"; }
   bool empty_grid() const { return grid[0] == 0 || grid[1] == 0 || grid[2] == 0; }
+};
+
+// The attributes of one call site: those of its launches, one after another. Names and layouts are separated by spaces.
+struct Site {
+  Str image;
+  Ints image_sizes;
+  Str name, target;
+  Ints grid, threads, shared;
+  Str layout;
+  Ints scalars, buffers, key, overlaps;
+
+  // Calls f on every launch until one fails.
+  template <typename F> ffi::Error Each(F&& f) const;
 };
 
 std::string Where(const Call& c) { return "jaxnorm: kernel '" + std::string(c.name) + "': "; }
@@ -284,10 +168,59 @@ class Kernels {
   std::unordered_map<Str, std::unique_ptr<Image>> images_;
 };
 
+// The first `count` of what is left.
+template <typename Span> Span Take(Span* left, size_t count) {
+  const Span taken(left->begin(), count);
+  *left = Span(left->begin() + count, left->size() - count);
+  return taken;
+}
+Str TakeWord(Str* left) {
+  const size_t size = std::min(left->find(' '), left->size());
+  const Str word = left->substr(0, size);
+  left->remove_prefix(std::min(size + 1, left->size()));
+  return word;
+}
+
+template <typename F> ffi::Error Site::Each(F&& f) const {
+  const size_t count = threads.size();
+  Site left = *this;
+  auto wrong = [&](const char* attribute, size_t got, size_t expected) {
+    return ffi::Error::InvalidArgument("jaxnorm: kernel '" + std::string(name) + "': " + attribute + ": got " +
+                                       std::to_string(got) + " sizes, expected " + std::to_string(expected));
+  };
+  if (grid.size() != 3 * count) return wrong("grid", grid.size(), 3 * count);
+  for (const auto& [attribute, got] : {std::pair{"shared", shared.size()}, std::pair{"image_sizes", image_sizes.size()},
+                                       std::pair{"key", key.size()}, std::pair{"overlaps", overlaps.size()}})
+    if (got != count) return wrong(attribute, got, count);
+  for (size_t i = 0; i < count; ++i) {
+    const Str word = TakeWord(&left.layout);
+    const size_t pointers = std::count(word.begin(), word.end(), 'p'),
+                 nulls = std::count(word.begin(), word.end(), 'n'), values = word.size() - pointers - nulls;
+    const bool last = i + 1 == count;  // has all that is left, for the checks
+    if (image_sizes[i] < 0 || static_cast<size_t>(image_sizes[i]) > left.image.size())
+      return wrong("image", image.size(), image_sizes[i]);
+    Call c{left.image.substr(0, image_sizes[i]),
+           TakeWord(&left.name),
+           target,
+           Take(&left.grid, 3),
+           threads[i],
+           shared[i],
+           word,
+           {},
+           {},
+           key[i],
+           overlaps[i] != 0};
+    left.image.remove_prefix(image_sizes[i]);
+    c.scalars = Take(&left.scalars, last ? left.scalars.size() : std::min(values, left.scalars.size()));
+    c.buffers = Take(&left.buffers, last ? left.buffers.size() : std::min(pointers, left.buffers.size()));
+    if (ffi::Error error = f(c); error.failure()) return error;
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error CheckSizes(const Call& c) {
   if (!c.hip() && c.target.substr(0, 3) != "sm_")
     return Wrong(c, "target: got '" + std::string(c.target) + "', expected gfx... or sm_...");
-  if (c.grid.size() != 3) return Wrong(c, "grid: got " + std::to_string(c.grid.size()) + " sizes, expected 3");
   if (c.threads < 1 || c.threads > kMaxThreads)
     return Wrong(c, "threads: got " + std::to_string(c.threads) + ", expected 1 to " + std::to_string(kMaxThreads));
   if (c.shared < 0 || c.shared > std::numeric_limits<int32_t>::max())
@@ -303,16 +236,15 @@ ffi::Error CheckSizes(const Call& c) {
   return ffi::Error::Success();
 }
 
-// Checks the layout against the scalars, and counts its buffers.
-ffi::Error CheckLayout(const Call& c, size_t* buffers) {
+// Checks the layout against the scalars and the buffers, of which the call site has so many.
+ffi::Error CheckLayout(const Call& c, size_t present) {
   if (c.layout.size() > kMaxParams)
     return Wrong(c, "layout: got " + std::to_string(c.layout.size()) + " parameters, expected at most " +
                         std::to_string(kMaxParams));
-  size_t scalars = 0;
-  *buffers = 0;
+  size_t scalars = 0, buffers = 0;
   for (char letter : c.layout) {
     if (letter == 'p') {
-      ++*buffers;
+      ++buffers;
     } else if (letter == 'i' || letter == 'l' || letter == 'f') {
       // Four bytes are a signed or an unsigned integer, or the bits of a float.
       const int64_t value = scalars < c.scalars.size() ? c.scalars[scalars] : 0;
@@ -328,15 +260,22 @@ ffi::Error CheckLayout(const Call& c, size_t* buffers) {
   if (scalars != c.scalars.size())
     return Wrong(c, "scalars: got " + std::to_string(c.scalars.size()) + ", expected " + std::to_string(scalars) +
                         " as layout '" + std::string(c.layout) + "' says");
+  if (buffers != c.buffers.size())
+    return Wrong(c, "layout: got '" + std::string(c.layout) + "' with " + std::to_string(buffers) +
+                        " buffers, expected " + std::to_string(c.buffers.size()));
+  for (int64_t buffer : c.buffers) {
+    if (buffer < 0 || static_cast<size_t>(buffer) >= present)
+      return Wrong(c, "buffers: got " + std::to_string(buffer) + ", expected 0 to " + std::to_string(present) +
+                          " operands and results - 1");
+  }
   return ffi::Error::Success();
 }
 
 // Keeps no state: XLA would want its type registered before the handlers, and JAX hands over what was registered before
 // its GPU plugin started in the other order, so that the plugin would fail to start.
 ffi::Error Instantiate(const Call& c) {
-  size_t buffers = 0;
   if (ffi::Error error = CheckSizes(c); error.failure()) return error;
-  return CheckLayout(c, &buffers);
+  return CheckLayout(c, kMaxBuffers);
 }
 
 // XLA runs this before every execution; after the first on a device it only reads.
@@ -353,14 +292,13 @@ ffi::Error Initialize(const Call& c) {
   return Kernels::Get().Load(driver, c, context);
 }
 
-ffi::Error Execute(void* stream, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, const Call& c) {
-  size_t expected = 0;
+using Buffers = std::array<void*, kMaxBuffers>;
+
+// `first`: nothing of the call site has been launched yet. What other calls put on the stream is never overlapped: the
+// kernel may read its operands before it waits for the launch before it.
+ffi::Error Launch(void* stream, const Call& c, Buffers& buffers, size_t present, bool* first) {
   if (ffi::Error error = CheckSizes(c); error.failure()) return error;
-  if (ffi::Error error = CheckLayout(c, &expected); error.failure()) return error;
-  if (args.size() + rets.size() != expected)
-    return Wrong(c, "layout: got '" + std::string(c.layout) + "' with " + std::to_string(expected) +
-                        " buffers, expected " + std::to_string(args.size()) + " operands + " +
-                        std::to_string(rets.size()) + " results");
+  if (ffi::Error error = CheckLayout(c, present); error.failure()) return error;
   if (c.empty_grid()) return ffi::Error::Success();
   const Driver& driver = Driver::Get(c.hip());
   uint64_t context = 0;
@@ -369,7 +307,34 @@ ffi::Error Execute(void* stream, const ffi::RemainingArgs& args, const ffi::Rema
   const Kernels::Entry* entry = Kernels::Get().Find(c, context);
   if (entry == nullptr) return Failed(c, "XLA did not initialize it on this device");
 
-  std::array<void*, kMaxParams> buffers;
+  std::array<void*, kMaxParams + kTritonScratch> params;
+  void* null = nullptr;
+  size_t count = 0, buffer = 0, scalar = 0;
+  for (char letter : c.layout) {
+    if (letter == 'p') {
+      params[count++] = &buffers[c.buffers[buffer++]];
+    } else if (letter == 'n') {
+      params[count++] = &null;
+    } else {
+      // The driver copies it during the call. Little endian: the low bytes of an int64 are its int32.
+      params[count++] = const_cast<int64_t*>(&c.scalars[scalar++]);
+    }
+  }
+  for (size_t i = 0; i < kTritonScratch; ++i) params[count++] = &null;
+  const int status =
+      driver.Launch(entry->function, c.grid.begin(), c.threads, c.shared, stream, params.data(), c.overlaps && !*first);
+  if (status) return Failed(c, driver.Describe("cuLaunchKernel", "hipModuleLaunchKernel", status));
+  *first = false;
+  return ffi::Error::Success();
+}
+
+ffi::Error Execute(void* stream, const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, const Site& site) {
+  const size_t present = args.size() + rets.size();
+  if (present > kMaxBuffers)
+    return ffi::Error::InvalidArgument("jaxnorm: kernel '" + std::string(site.name) + "': got " +
+                                       std::to_string(present) + " operands and results, expected at most " +
+                                       std::to_string(kMaxBuffers));
+  Buffers buffers;
   for (size_t i = 0; i < args.size(); ++i) {
     auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
@@ -380,59 +345,46 @@ ffi::Error Execute(void* stream, const ffi::RemainingArgs& args, const ffi::Rema
     if (!buffer.has_value()) return buffer.error();
     buffers[args.size() + i] = (*buffer)->untyped_data();
   }
-
-  std::array<void*, kMaxParams + kTritonScratch> params;
-  void* null = nullptr;
-  size_t count = 0, buffer = 0, scalar = 0;
-  for (char letter : c.layout) {
-    if (letter == 'p') {
-      params[count++] = &buffers[buffer++];
-    } else if (letter == 'n') {
-      params[count++] = &null;
-    } else {
-      // The driver copies it during the call. Little endian: the low bytes of an int64 are its int32.
-      params[count++] = const_cast<int64_t*>(&c.scalars[scalar++]);
-    }
-  }
-  for (size_t i = 0; i < kTritonScratch; ++i) params[count++] = &null;
-  if (int status = driver.Launch(entry->function, c.grid, c.threads, c.shared, stream, params.data()))
-    return Failed(c, driver.Describe("cuLaunchKernel", "hipModuleLaunchKernel", status));
-  return ffi::Error::Success();
+  bool first = true;
+  return site.Each([&](const Call& c) { return Launch(stream, c, buffers, present, &first); });
 }
 
-// A stage is handed all attributes and must bind them all, here in the order of Call.
+// A stage is handed all attributes and must bind them all, here in the order of Site.
 template <typename Binding> auto Attributes(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Attr<Str>("image")
+      .template Attr<Ints>("image_sizes")
       .template Attr<Str>("name")
       .template Attr<Str>("target")
       .template Attr<Ints>("grid")
-      .template Attr<int64_t>("threads")
-      .template Attr<int64_t>("shared")
+      .template Attr<Ints>("threads")
+      .template Attr<Ints>("shared")
       .template Attr<Str>("layout")
       .template Attr<Ints>("scalars")
-      .template Attr<int64_t>("key");
+      .template Attr<Ints>("buffers")
+      .template Attr<Ints>("key")
+      .template Attr<Ints>("overlaps");
 }
 
 auto BindInstantiate() { return Attributes(ffi::Ffi::BindInstantiate()); }
 auto BindInitialize() { return Attributes(ffi::Ffi::BindInitialize()); }
-constexpr auto kInstantiate = [](auto... attributes) { return Instantiate(Call{attributes...}); };
-constexpr auto kInitialize = [](auto... attributes) { return Initialize(Call{attributes...}); };
+constexpr auto kInstantiate = [](auto... attributes) { return Site{attributes...}.Each(Instantiate); };
+constexpr auto kInitialize = [](auto... attributes) { return Site{attributes...}.Each(Initialize); };
 
 #ifndef JAXNORM_LAUNCHER_HOST
 auto BindExecute() {
   return Attributes(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().RemainingArgs().RemainingRets());
 }
 constexpr auto kExecute = [](void* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, auto... attributes) {
-  return Execute(stream, args, rets, Call{attributes...});
+  return Execute(stream, args, rets, Site{attributes...});
 };
 #else
 // For tests on the CPU platform, which has no stream and may have no initialize stage, over a fake driver.
 auto BindExecute() { return Attributes(ffi::Ffi::Bind().RemainingArgs().RemainingRets()); }
 constexpr auto kExecute = [](ffi::RemainingArgs args, ffi::RemainingRets rets, auto... attributes) {
-  const Call c{attributes...};
-  if (ffi::Error error = Initialize(c); error.failure()) return error;
-  return Execute(nullptr, args, rets, c);
+  const Site site{attributes...};
+  if (ffi::Error error = site.Each(Initialize); error.failure()) return error;
+  return Execute(nullptr, args, rets, site);
 };
 #endif
 

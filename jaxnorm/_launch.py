@@ -1,7 +1,7 @@
 """The primitive behind every stage, its lowering per platform, and the roads by which a code object is launched.
 
 On CPU the primitive is the reference. On a GPU platform the dispatch picks a backend, the plan of that backend gives the launches,
-and each launch becomes one custom call through the first road that is there:
+and they become custom calls through the first road that is there, one for the plan (launcher) or one for each launch (others):
 
     launcher     our own typed-FFI launcher: Triton and HIP kernels, both vendors, captured in command buffers
     jaxlib       jaxlib's own Triton call with the image embedded (jaxlib >= 0.11.2): Triton kernels without our .so
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+from collections.abc import Container, Iterable
 from typing import Any
 
 import jax
@@ -171,23 +172,29 @@ def run_plan(
             raise UnsupportedError(
                 p.stage, p.target, f"no way to launch {backend} kernels: {why}", "See `python -m jaxnorm doctor`."
             )
+    if by == "launcher":
+        return _by_launcher(plan, p, operands, backend)
     buffers = dict(operands)
     for launch in plan:
-        temps = {name: (shape, dtype) for name, shape, dtype in launch.temps}
-        inputs, outputs = _present(launch, p, buffers)
-        types = [jax.ShapeDtypeStruct(*(temps[n] if n in temps else (p.shape(n), p.dtype(n)))) for n in outputs]
-        out = _ROADS[by](launch, p, [buffers[n] for n in inputs], types, backend, platform, buffers)
+        outputs = _present(launch, p, buffers)[1]
+        types = list(_types(launch, p, outputs).values())
+        out = _ROADS[by](launch, p, types, platform, buffers)
         buffers.update(zip(outputs, out, strict=True))
     return buffers
 
 
-def _present(launch: Launch, p: Problem, buffers: dict[str, jax.Array]) -> tuple[list[str], list[str]]:
+def _types(launch: Launch, p: Problem, outputs: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    temps = {name: (shape, dtype) for name, shape, dtype in launch.temps}
+    return {n: jax.ShapeDtypeStruct(*(temps[n] if n in temps else (p.shape(n), p.dtype(n)))) for n in outputs}
+
+
+def _present(launch: Launch, p: Problem, buffers: Container[str]) -> tuple[list[str], list[str]]:
     """The inputs and outputs that are there."""
     temps = {name for name, _, _ in launch.temps}
     return [n for n in launch.inputs if n in buffers], [n for n in launch.outputs if n in temps or p.has(n)]
 
 
-def _layout(launch: Launch, p: Problem, buffers: dict[str, jax.Array]) -> tuple[str, list[int]]:
+def _layout(launch: Launch, p: Problem, buffers: Container[str]) -> tuple[str, list[int]]:
     """One character a kernel parameter, and the scalars as integers (see _native)."""
     temps = {name for name, _, _ in launch.temps}
     chars = ["p" if n in buffers else "n" for n in launch.inputs]
@@ -224,27 +231,33 @@ def shipped(plan: tuple[Launch, ...], p: Problem, backend: str) -> bool:
     return cache.has_shipped() and all(cache.shipped(portable_key(launch, p, backend)) is not None for launch in plan)
 
 
-def _by_launcher(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any) -> Any:
-    code = compile_launch(launch, p, backend)
-    layout, scalars = _layout(launch, p, buffers)
-    aliases = launch.aliased(*_present(launch, p, buffers))
-    return _native.launch(
-        code, inputs, grid=launch.grid, layout=layout, scalars=scalars, out_types=types, aliases=aliases
-    )
+def _by_launcher(plan: tuple[Launch, ...], p: Problem, operands: dict[str, jax.Array], backend: str) -> Any:
+    written = [_present(launch, p, ())[1] for launch in plan]
+    types = {n: t for launch, names in zip(plan, written, strict=True) for n, t in _types(launch, p, names).items()}
+    used = [n for n in operands if any(n in launch.inputs for launch in plan)]
+    place = {name: i for i, name in enumerate((*used, *types))}
+    kernels, aliases = [], {}
+    for launch, outputs in zip(plan, written, strict=True):
+        layout, scalars = _layout(launch, p, place)
+        inputs = _present(launch, p, place)[0]
+        buffers = tuple(place[n] for n in (*inputs, *outputs))
+        code = compile_launch(launch, p, backend)
+        kernels.append(_native.Kernel(code, launch.grid, layout, tuple(scalars), buffers, launch.overlaps))
+        aliases |= {place[a]: place[b] - len(used) for a, b in launch.aliases if a in used and b in types}
+    out = _native.launch(kernels, [operands[n] for n in used], list(types.values()), aliases)
+    return dict(operands) | dict(zip(types, out, strict=True))
 
 
-def _by_jaxlib(launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any) -> Any:
+def _by_jaxlib(launch: Launch, p: Problem, types: Any, platform: str, buffers: Any) -> Any:
     from ._compile import jaxlib_proto
 
-    attributes = jaxlib_proto.ffi_arguments(compile_launch(launch, p, backend), launch, p, platform)
+    attributes = jaxlib_proto.ffi_arguments(compile_launch(launch, p, "triton"), launch, p, platform)
     ffi = functools.partial(jax.ffi.ffi_call, JAXLIB_TARGET, input_output_aliases=launch.aliased())
     call = lambda args, outs: ffi(outs)(*args, **attributes)  # noqa: E731
     return _without_absent(launch, p, types, buffers, call)
 
 
-def _by_jax_triton(
-    launch: Launch, p: Problem, inputs: Any, types: Any, backend: str, platform: str, buffers: Any
-) -> Any:
+def _by_jax_triton(launch: Launch, p: Problem, types: Any, platform: str, buffers: Any) -> Any:
     from ._compile import jax_triton_bridge
 
     return _without_absent(launch, p, types, buffers, lambda args, outs: jax_triton_bridge.call(launch, p, args, outs))
@@ -261,4 +274,4 @@ def _without_absent(launch: Launch, p: Problem, types: Any, buffers: Any, call: 
     return [o for o, there in zip(out, present, strict=True) if there]
 
 
-_ROADS = {"launcher": _by_launcher, "jaxlib": _by_jaxlib, "jax-triton": _by_jax_triton}
+_ROADS = {"jaxlib": _by_jaxlib, "jax-triton": _by_jax_triton}

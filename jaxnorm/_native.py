@@ -12,7 +12,7 @@ import importlib.machinery
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TARGET = "jaxnorm_launch"
 """Name of the FFI target in the program; ``export_checks`` needs it."""
 PLATFORMS = ("CUDA", "ROCM")
-_INTERFACE = 2  # kInterface of csrc/launcher.cc
+_INTERFACE = 3  # kInterface of csrc/launcher.cc
 _REBUILD = (
     "Install a C++17 compiler (g++ or clang++) and reinstall: `pip install --force-reinstall --no-deps --no-cache-dir jaxnorm`, "
     "or `pip install -e .` in a checkout."
@@ -74,27 +74,35 @@ def require() -> Status:
     return found
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a code object's kernel; ``threads`` and ``shared`` of the code are the block and the dynamic shared memory."""
+
+    code: CodeObject
+    grid: tuple[int, int, int]
+    """Blocks; a 0 means no launch."""
+    layout: str
+    """One letter per kernel parameter: ``p`` the next buffer, ``n`` a null pointer, ``i`` the next scalar in 4 bytes, ``l`` in 8
+    bytes, ``f`` the next scalar being the bits of a float32. Two more null pointers follow the last (Triton's scratch)."""
+    scalars: tuple[int, ...] = ()
+    buffers: tuple[int, ...] | None = None
+    """Of each ``p``: which of the operands and results, counted through; None = one after another."""
+    overlaps: bool = False
+    """It may begin before the kernel before it has ended, which it waits for itself (NVIDIA, ``griddepcontrol.wait``)."""
+
+
 def launch(
-    code: CodeObject,
+    kernels: Sequence[Kernel],
     args: Sequence[jax.Array],
-    *,
-    grid: tuple[int, int, int],
-    layout: str,
-    scalars: Sequence[int],
     out_types: Sequence[jax.ShapeDtypeStruct],
     aliases: Mapping[int, int] | None = None,
 ) -> list[jax.Array]:
-    """One launch of a code object's kernel: a custom call in the program that is being traced.
+    """Launches of kernels one after another: one custom call in the program that is being traced.
 
     Args:
-      code:      what to launch; its ``threads`` and ``shared`` are the block and the dynamic shared memory.
-      args:      operands, in the order of the kernel's buffers.
-      grid:      blocks; a 0 means no launch, with the results left as they are.
-      layout:    one letter per kernel parameter: ``p`` the next buffer (``args``, then results), ``n`` a null pointer, ``i`` the
-                 next scalar in 4 bytes, ``l`` in 8 bytes, ``f`` the next scalar being the bits of a float32. Two more null
-                 pointers follow the last parameter (Triton's scratch).
-      scalars:   integers, see ``layout``.
-      out_types: shape and dtype of each result.
+      kernels:   what to launch, for one target.
+      args:      operands.
+      out_types: shape and dtype of each result, scratch between the kernels included. What no kernel writes is undefined.
       aliases:   operand -> result that uses its buffer.
 
     Raises:
@@ -107,18 +115,28 @@ def launch(
     found = require()
     if not found.ok:
         raise RuntimeError(f"jaxnorm: {found.reason}. {found.remedy}")
+    codes = [k.code for k in kernels]
+
+    buffers = [range(k.layout.count("p")) if k.buffers is None else k.buffers for k in kernels]
+
+    def integers(values: Iterable[int]) -> np.ndarray:
+        return np.array(list(values), np.int64)
+
     call = jax.ffi.ffi_call(TARGET, tuple(out_types), input_output_aliases=dict(aliases or {}))
     results = call(
         *args,
-        image=code.image,
-        name=code.name,
-        target=code.target,
-        grid=np.array(grid, np.int64),
-        threads=np.int64(code.threads),
-        shared=np.int64(code.shared),
-        layout=layout,
-        scalars=np.array(scalars, np.int64),
-        key=np.int64(digest(code)),
+        image=b"".join(c.image for c in codes),
+        image_sizes=integers(len(c.image) for c in codes),
+        name=" ".join(c.name for c in codes),
+        target=codes[0].target,
+        grid=integers(n for k in kernels for n in k.grid),
+        threads=integers(c.threads for c in codes),
+        shared=integers(c.shared for c in codes),
+        layout=" ".join(k.layout for k in kernels),
+        scalars=integers(n for k in kernels for n in k.scalars),
+        buffers=integers(n for each in buffers for n in each),
+        key=integers(digest(c) for c in codes),
+        overlaps=integers(k.overlaps for k in kernels),
     )
     return list(results)
 

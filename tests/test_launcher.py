@@ -149,7 +149,7 @@ assert not jax._src.xla_bridge._backends, "registration must not start a backend
 for platform, target in (("rocm", "gfx942"), ("cuda", "sm_90")):
     c = CodeObject(image=b"\\x7fELF not run", name="copy", target=target, threads=64, shared=0, source_key="")
     x = jax.ShapeDtypeStruct((3, 8), jnp.float32)
-    f = jax.jit(lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="ppi", scalars=[96], out_types=[x])[0])
+    f = jax.jit(lambda x: _native.launch([_native.Kernel(c, (1, 1, 1), "ppi", (96,))], [x], [x])[0])
     lowered = f.trace(x).lower(lowering_platforms=(platform,))
     assert "@jaxnorm_launch" in lowered.as_text()
     assert "API_VERSION_TYPED_FFI" in lowered.as_text(dialect="hlo")
@@ -214,7 +214,7 @@ class TestStatus:
     def test_launch_without_launcher(self):
         self.not_built()
         with pytest.raises(RuntimeError, match="launcher not built"):
-            self.native.launch(None, [], grid=(1, 1, 1), layout="", scalars=[], out_types=[])
+            self.native.launch([], [], [])
 
     def test_not_a_library(self, tmp_path):
         (tmp_path / "text.so").write_text("text")

@@ -99,6 +99,9 @@ class Launch:
     num_stages: int = 1
     options: tuple[tuple[str, object], ...] = ()
     """Further compiler options by name (``waves_per_eu``, ``maxnreg``)."""
+    overlaps: bool = False
+    """HIP, through the launcher, on NVIDIA from sm_90 on: the launch may begin before the one before it in the plan has ended. Its
+    kernel reads nothing that a launch of the plan writes, and writes nothing, before ``wait_for_launch_before`` (gpu.h)."""
     temps: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     """(name, shape, dtype) of outputs that are scratch between the launches of one stage."""
     aliases: tuple[tuple[str, str], ...] = ()

@@ -1,6 +1,6 @@
 /* Stands in for libamdhip64.so.7, or with -DFAKE_CUDA for libcuda.so.1, on a machine without a GPU. It records what the
    launcher, the fused distributed calls and tools/run_case.py ask for, refuses what a driver would refuse or what
-   fake_fail says, and carries out made-up kernels on host memory: copy(src, dst, i32 bytes)   overrun: writes a byte
+   fake_fail says, and carries out made-up kernels on host memory: copy(src, dst, i32 bytes)   wide_copy: the same   overrun: writes a byte
    more   meddle: changes src, too wire(src, null, i32, i64, f32, dst; scratch, scratch)  writes to dst, as int32:
    src[0], whether the second parameter is null, the i32, both halves of the i64, the bits of the f32, whether each
    scratch pointer is null fail the launch is an error The current device belongs to a thread, as in the real drivers.
@@ -37,7 +37,7 @@ typedef struct {
   char name[64];
 } Function;
 
-static atomic_int loads, lookups, raises, launches;
+static atomic_int loads, lookups, raises, launches, overlaps;
 static atomic_int modules, buffers; /* alive, of tools/run_case.py: the launcher keeps its own */
 static int devices = 1;
 static char failing[32];
@@ -48,10 +48,11 @@ static int last[8];
 
 void fake_set_device(int d) { device = d; }
 void fake_counts(int* out) { out[0] = loads, out[1] = lookups, out[2] = raises, out[3] = launches; }
+int fake_overlaps(void) { return overlaps; } /* launches that may begin before the one before them has ended */
 void fake_last(int* out) { memcpy(out, last, sizeof last); }
 void fake_alive(int* out) { out[0] = modules, out[1] = buffers; }
 void fake_set_devices(int n) { devices = n; }
-/* The next call of this kind (load, function, attribute, device, launch, allocate, copy, wait; of workspaces: space,
+/* The next call of this kind (load, function, attribute, device, launch, overlap, allocate, copy, wait; of workspaces: space,
    clear, word, mapword, export, import) returns the status. */
 void fake_fail(const char* call, int status) {
   snprintf(failing, sizeof failing, "%s", call);
@@ -93,7 +94,7 @@ int NAME(cuModuleGetFunction, hipModuleGetFunction)(Function** function, Module*
 }
 
 static int run(const Function* f, void** params) {
-  if (!strcmp(f->name, "copy") || !strcmp(f->name, "overrun") || !strcmp(f->name, "meddle")) {
+  if (!strcmp(f->name, "copy") || !strcmp(f->name, "wide_copy") || !strcmp(f->name, "overrun") || !strcmp(f->name, "meddle")) {
     char *from = *(void**)params[0], *to = *(void**)params[1];
     memcpy(to, from, (size_t)*(int32_t*)params[2]);
     if (f->name[0] == 'o') to[*(int32_t*)params[2]] = 0;
@@ -233,6 +234,32 @@ int hipIpcCloseMemHandle(void* pointer) {
 #endif
 
 #ifdef FAKE_CUDA
+/* As in cuda.h; the one attribute is CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION. */
+typedef struct {
+  int id;
+  char pad[4];
+  union {
+    char bytes[64];
+    int allowed;
+  } value;
+} LaunchAttribute;
+typedef struct {
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned count;
+} LaunchConfig;
+int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void** extra) {
+  FAIL_IF_ASKED("overlap");
+  if (c->count != 1 || c->attributes->id != 6 || c->attributes->value.allowed != 1) return kInvalidValue;
+  const int status = cuLaunchKernel(f, c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, c->stream, params, extra);
+  overlaps += status == 0;
+  return status;
+}
+int cuDriverGetVersion(int* version) {
+  *version = 12030;
+  return 0;
+}
 int cuInit(unsigned flags) { return flags != 0; }
 int cuDeviceGet(int* handle, int ordinal) {
   *handle = ordinal;

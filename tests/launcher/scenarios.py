@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxnorm import _native
 from jaxnorm._compile.code_object import CodeObject
+from jaxnorm._native import Kernel
 
 FAKES = {"hip": "libamdhip64.so.7", "cuda": "libcuda.so.1"}
 X = np.arange(24, dtype=np.float32).reshape(3, 8)
@@ -36,6 +37,7 @@ class Fake:
     def __init__(self):
         self.library = ctypes.CDLL(FAKES[VENDOR])
         self.before = self._read("fake_counts", 4)
+        self.overlapped = self.library.fake_overlaps()
 
     def _read(self, name, n):
         out = (ctypes.c_int * n)()
@@ -51,6 +53,9 @@ class Fake:
             )
         )
 
+    def overlaps(self):
+        return self.library.fake_overlaps() - self.overlapped
+
     def last(self):
         return self._read("fake_last", 8).tolist()
 
@@ -65,10 +70,13 @@ def code(name="copy", image=b"", shared=0, threads=256):
     return CodeObject(image=image, name=name, target=target, threads=threads, shared=shared, source_key="")
 
 
-def copy(c, x, *, grid=(3, 1, 1), layout="ppi", scalars=None, out=None):
-    scalars = [x.size * x.dtype.itemsize] if scalars is None else scalars
-    out = [jax.ShapeDtypeStruct(x.shape, x.dtype)] if out is None else out
-    return _native.launch(c, [x], grid=grid, layout=layout, scalars=scalars, out_types=out)
+def copy(c, x, *, grid=(3, 1, 1), layout="ppi", scalars=None, buffers=None):
+    scalars = (x.size * x.dtype.itemsize,) if scalars is None else scalars
+    return _native.launch([Kernel(c, grid, layout, scalars, buffers)], [x], [like(x)])
+
+
+def like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def error_of(function, *args):
@@ -107,9 +115,7 @@ def parameters_in_order():
     values = [-5, -(3 << 32) - 7, int(np.float32(1e-6).view(np.uint32))]
     out = [jax.ShapeDtypeStruct((8,), jnp.int32)]
     x = jnp.array([41, 42], jnp.int32)
-    got = jax.jit(lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pnilfp", scalars=values, out_types=out)[0])(
-        x
-    )
+    got = jax.jit(lambda x: _native.launch([Kernel(c, (1, 1, 1), "pnilfp", tuple(values))], [x], out)[0])(x)
     wide = np.array([values[1]], np.int64).view(np.int32).tolist()
     assert got.tolist() == [41, 1, -5, *wide, values[2], 1, 1], got
 
@@ -195,13 +201,69 @@ def empty_grid_is_no_launch():
         assert fake.counts() == {"loads": 0, "lookups": 0, "raises": 0, "launches": 0}
 
 
+def chain(*codes, overlaps=(False, True), grids=((3, 1, 1), (3, 1, 1))):
+    """X copied to scratch by the first kernel, and from there to the result by the second, in one call."""
+
+    def f(x):
+        kernels = [
+            Kernel(c, grid, "ppi", (x.nbytes,), buffers, o)
+            for c, grid, buffers, o in zip(codes, grids, ((0, 1), (1, 2)), overlaps, strict=True)
+        ]
+        return _native.launch(kernels, [x], [like(x), like(x)])[1]
+
+    return jax.jit(f)
+
+
+@scenario()
+def kernels_of_one_call_share_its_buffers():
+    fake, first, second = Fake(), code("copy"), code("wide_copy", shared=1024, threads=64)
+    np.testing.assert_array_equal(chain(first, second, grids=((3, 1, 1), (5, 2, 1)))(X), X)
+    assert fake.counts() == {"loads": 2, "lookups": 2, "raises": 0, "launches": 2}
+    assert fake.last() == [5, 2, 1, 64, 1, 1, 1024, 0], fake.last()
+
+
+@scenario()
+def only_launches_behind_others_of_their_call_overlap():
+    """And none on HIP, which has no such launch."""
+    fake, first, second = Fake(), code("copy"), code("wide_copy")
+    f = chain(first, second)
+    for expected in (1, 2):
+        np.testing.assert_array_equal(f(X), X)
+        assert fake.overlaps() == (expected if VENDOR == "cuda" else 0)
+    chain(first, second, overlaps=(True, False))(X)  # the first of a call never
+    chain(first, second, grids=((0, 1, 1), (3, 1, 1)))(X)  # nor the first that is there
+    chain(first, second, overlaps=(False, False))(X)
+    assert fake.overlaps() == (2 if VENDOR == "cuda" else 0)
+    assert fake.counts()["launches"] == 9
+
+
+@scenario("cuda")
+def a_driver_that_refuses_to_overlap():
+    """CUDA_ERROR_NOT_SUPPORTED is an ordinary launch instead, another status an error."""
+    fake, f = Fake(), chain(code("copy"), code("wide_copy"))
+    fake.library.fake_fail(b"overlap", 801)
+    np.testing.assert_array_equal(f(X), X)
+    assert fake.overlaps() == 0 and fake.counts()["launches"] == 2
+    fake.library.fake_fail(b"overlap", 2)
+    expect(error_of(f, X), "kernel 'wide_copy'", "CUDA_ERROR_OUT_OF_MEMORY")
+    np.testing.assert_array_equal(f(X), X)
+
+
+@scenario()
+def a_second_kernel_that_is_wrong():
+    """The error names it; too few names, sizes or scalars for all are errors."""
+    good, bad = code("copy"), code("copy", image=b"\x7fELFbad", threads=2048)
+    expect(error_of(chain(good, bad), X), "threads: got 2048")
+    fail = code("fail", threads=32)
+    expect(error_of(chain(good, fail), X), "kernel 'fail'", "block 32", "(719)")
+    short = [Kernel(good, (1, 1, 1), "ppi", (8,)), Kernel(good, (1, 1, 1), "ppi", (), (0, 1))]
+    expect(error_of(lambda x: _native.launch(short, [x], [like(x)]), X), "scalars: got 0, expected 1")
+
+
 @scenario()
 def no_scalars_and_an_alias():
     fake, c = Fake(), code("nothing")
-    out = [jax.ShapeDtypeStruct(X.shape, X.dtype)]
-    f = jax.jit(
-        lambda x: _native.launch(c, [x], grid=(1, 1, 1), layout="pp", scalars=[], out_types=out, aliases={0: 0})[0]
-    )
+    f = jax.jit(lambda x: _native.launch([Kernel(c, (1, 1, 1), "pp")], [x], [like(x)], {0: 0})[0])
     np.testing.assert_array_equal(
         f(X), X
     )  # The kernel does nothing: the result is the operand's buffer, or a copy of it.
@@ -308,18 +370,20 @@ def what_does_not_fit_together():
     fake, c = Fake(), code()
     for kw, parts in (
         ({"layout": "pp"}, ("scalars: got 1, expected 0",)),
+        ({"buffers": (0, 2)}, ("buffers: got 2", "2 operands and results")),
+        ({"buffers": (-1, 1)}, ("buffers: got -1",)),
+        ({"buffers": (0,)}, ("layout: got 'ppi' with 2 buffers, expected 1",)),
         ({"layout": "ppii"}, ("scalars: got 1, expected 2",)),
         ({"layout": "ppx"}, ("layout: got 'ppx'", "p, n, i, l and f")),
-        ({"layout": "pi"}, ("layout: got 'pi' with 1 buffers", "1 operands + 1 results")),
-        ({"layout": "pppi"}, ("layout: got 'pppi' with 3 buffers",)),
+        ({"layout": "pppi"}, ("buffers: got 2",)),
         ({"layout": "p" * 65}, ("layout: got 65 parameters", "at most 64")),
-        ({"scalars": [1 << 32]}, ("scalars[0]: got 4294967296", "32 bits")),
-        ({"scalars": [-(1 << 31) - 1]}, ("scalars[0]: got -2147483649",)),
+        ({"scalars": (1 << 32,)}, ("scalars[0]: got 4294967296", "32 bits")),
+        ({"scalars": (-(1 << 31) - 1,)}, ("scalars[0]: got -2147483649",)),
         ({"grid": (1 << 31, 1, 1)}, ("grid[0]: got 2147483648",)),
         ({"grid": (1, 65536, 1)}, ("grid[1]: got 65536", "0 to 65535")),
         ({"grid": (1, 1, 65536)}, ("grid[2]: got 65536", "0 to 65535")),
         ({"grid": (-1, 1, 1)}, ("grid[0]: got -1",)),
-        ({"grid": (1, 1)}, ("grid: got 2 sizes",)),
+        ({"grid": (1, 1)}, ("grid: got 2 sizes, expected 3",)),
     ):
         expect(error_of(lambda x, kw=kw: copy(c, x, **kw), X), "jaxnorm: kernel 'copy'", *parts)
     for bad, part in (
@@ -347,7 +411,7 @@ def the_largest_grid():
 @scenario()
 def sixty_four_parameters():
     fake, c = Fake(), code("nothing")
-    jax.block_until_ready(jax.jit(lambda x: copy(c, x, layout="pp" + "n" * 30 + "l" * 32, scalars=list(range(32))))(X))
+    jax.block_until_ready(jax.jit(lambda x: copy(c, x, layout="pp" + "n" * 30 + "l" * 32, scalars=tuple(range(32))))(X))
     assert fake.counts()["launches"] == 1
 
 

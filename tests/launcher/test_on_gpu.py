@@ -11,6 +11,7 @@ import pytest
 
 from jaxnorm import _native
 from jaxnorm._compile.code_object import CodeObject
+from jaxnorm._native import Kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -101,7 +102,7 @@ def code(name, threads=1, shared=0, image=PTX):
 def add_one(x, shared=1024, threads=256):
     out = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     c, grid = code("add_one", threads, shared), (-(-x.size // threads), 1, 1)
-    return _native.launch(c, [x], grid=grid, layout="ppi", scalars=[x.size], out_types=out)[0]
+    return _native.launch([Kernel(c, grid, "ppi", (x.size,))], [x], out)[0]
 
 
 def test_parameters_in_order():
@@ -109,9 +110,7 @@ def test_parameters_in_order():
     out = [jax.ShapeDtypeStruct((8,), jnp.int32)]
 
     def f(x):
-        return _native.launch(
-            code("wire"), [x], grid=(1, 1, 1), layout="pnilfp", scalars=[-5, wide, bits], out_types=out
-        )[0]
+        return _native.launch([Kernel(code("wire"), (1, 1, 1), "pnilfp", (-5, wide, bits))], [x], out)[0]
 
     got = jax.jit(f)(jnp.array([41, 42], jnp.int32))
     assert got.tolist() == [41, 1, -5, *np.array([wide]).view(np.int32).tolist(), bits, 1, 1]
@@ -129,9 +128,7 @@ def test_first_call_inside_a_loop():
     out = [jax.ShapeDtypeStruct((4096,), jnp.float32)]
 
     def step(_, x):
-        return _native.launch(
-            code("add_one", 256, 1024, fresh), [x], grid=(16, 1, 1), layout="ppi", scalars=[4096], out_types=out
-        )[0]
+        return _native.launch([Kernel(code("add_one", 256, 1024, fresh), (16, 1, 1), "ppi", (4096,))], [x], out)[0]
 
     f = jax.jit(lambda x: jax.lax.fori_loop(0, 50, step, x))
     for _ in range(3):
@@ -163,7 +160,7 @@ def test_errors_are_readable():
 
     def absent(x):
         out = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-        return _native.launch(code("absent"), [x], grid=(1, 1, 1), layout="pp", scalars=[], out_types=out)
+        return _native.launch([Kernel(code("absent"), (1, 1, 1), "pp")], [x], out)
 
     with pytest.raises(Exception, match=r"kernel 'absent'.*CUDA_ERROR_NOT_FOUND \(500\)"):
         jax.block_until_ready(jax.jit(absent)(x))

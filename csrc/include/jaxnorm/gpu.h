@@ -38,6 +38,9 @@ static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "integer
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define JN_ASYNC_COPY 1
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define JN_OVERLAP 1
+#endif
 
 namespace jaxnorm {
 
@@ -210,6 +213,20 @@ JN_DEV float reciprocal_sqrt(float v) {  // v_rsq_f32 flushes denormals: scale t
 JN_DEV float exp2_fast(float v) { return __builtin_amdgcn_exp2f(v); }
 JN_DEV float reciprocal_fast(float v) { return __builtin_amdgcn_rcpf(v); }
 #endif
+
+// Two launches of one call that overlap (Launch.overlaps in kernels/configs). The first lets the second begin as soon
+// as all of its blocks have; a block of the second fetches what no launch of the call writes, and waits before it reads
+// anything else and before it writes. Without an overlap, and on other targets, neither does anything.
+JN_DEV void let_next_launch_begin() {
+#if defined(JN_OVERLAP)
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+JN_DEV void wait_for_launch_before() {
+#if defined(JN_OVERLAP)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // The launcher folds more blocks than one grid dimension takes into y (AMD: blocks * threads < 2^32 in each dimension).
 constexpr u32 kGridX = 1u << 21;

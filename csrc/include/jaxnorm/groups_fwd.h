@@ -171,6 +171,7 @@ JN_DEV void save_part(const M& map, const float (&pivot)[1][M::UNITS], const flo
 // The pivot that deviations are counted from is the mean of the part's first step.
 template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, u64 batches, float* partials) {
   const u64 block = linear_block();
+  let_next_launch_begin();
   if (block >= M::blocks(batches)) return;
   const M map(block, thread_id());
   float* memory = (float*)shared_memory();
@@ -274,6 +275,7 @@ JN_DEV void group_apply(const char* x, const float* partials, Store store, float
   Step<M, X> step, ahead;
   step.issue(map, x, 0);
   store.issue(map);
+  wait_for_launch_before();
   GroupStats stats[M::UNITS];
   combine_parts<M, LOW>(map, partials, eps, (float*)shared_memory(), stats);
   store.set(stats);
