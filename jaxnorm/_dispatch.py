@@ -80,6 +80,11 @@ def choose(call: StageCall, p: Problem, platform: str) -> Chosen:
     return chosen
 
 
+def backend_of(call: StageCall, p: Problem, platform: str) -> str:
+    """The backend that :func:`choose` would take, asked ahead of a lowering; it raises as that does."""
+    return _choose(call, p, platform).backend
+
+
 def _tuned(call: StageCall, p: Problem, platform: str, chosen: Chosen) -> Chosen:
     """With the plan of a tuned table where one holds: the same kernels, the same bits, other tiles."""
     module = importlib.import_module(f"jaxnorm.kernels.configs.{call.definition.plans[chosen.backend]}")

@@ -108,7 +108,7 @@ mlir.register_lowering(stage_p, functools.partial(_lower_gpu, "rocm"), platform=
 
 def problem(call: StageCall, avals: Any, target: str) -> Problem:
     """The kernel side's view of a call on folded operands."""
-    rows = avals[0].shape[0]
+    (rows,) = call.lead(avals[0].shape)
     operands = [(n, tuple(a.shape), np.dtype(a.dtype).name) for n, a in zip(call.names, avals, strict=True)]
     results = [(n, call.result_shape(n, (rows,)), dtype) for n, _, dtype in call.results]
     buffers = operands + results

@@ -86,7 +86,7 @@ def _layout(call: StageCall, shardings: Sequence[Any], shapes: Sequence[tuple[in
     def ways(entry: Entry) -> int:
         return math.prod(mesh.shape[a] for a in _axes((entry,)))
 
-    lead = _spec(shardings[0], len(shapes[0]))[: len(call.lead(shapes[0]))]
+    lead = call.lead(_spec(shardings[0], len(shapes[0])))
     last = ways(lead[-1]) if lead else 1
     if call.row_block == 0 or (call.row_block > 1 and call.lead(shapes[0])[-1] % (last * call.row_block)):
         lead = (None,) * len(lead)

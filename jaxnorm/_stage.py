@@ -2,7 +2,7 @@
 
 The dims of each operand and result are written as in einsum: ``"... n"`` is rows of features, ``"n"`` a vector over the features,
 ``"..."`` one value a row, ``"... h d"`` rows of heads. ``...`` stands for the leading dims, which are folded to rows M inside the
-shard and nowhere else; the first operand begins with them. What may be sharded, and what that costs, follows from the dims:
+shard and nowhere else; the first operand has them. What may be sharded, and what that costs, follows from the dims:
 
     ...            any sharding: the rows are independent
     parallel_dims  independent, too (heads, channels in whole groups): the kernel runs on the shard
@@ -114,7 +114,9 @@ class StageCall:
 
     def lead(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The leading dims in the shape of the first operand."""
-        return shape[: len(shape) - len(self.dims(self.names[0])) + 1]
+        dims = self.dims(self.names[0])
+        at = dims.index("...")
+        return shape[at : at + len(shape) - len(dims) + 1]
 
     def position(self, name: str, dim: str, ndim: int) -> int:
         """Where a named dim of an operand or result with ``ndim`` dims stands."""

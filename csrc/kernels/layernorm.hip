@@ -25,8 +25,8 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using Epilogue =
       WeightedStore<Shape, JN_X, JN_WEIGHT, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY, JN_BIAS>;
 #if JN_IS_SUM
-  const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, x_bias, residual, residual_out,
-                                                                                JN_N};
+  const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL, JN_PARTS> source{
+      x, x_bias, residual, residual_out, JN_N, rows * JN_N * JN_X::size};
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif

@@ -30,8 +30,9 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using Spec = JN_SPEC;
   using Weights =
       Weighted<Shape, JN_X, JN_WEIGHT, None, JN_SMOOTH, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
-#if JN_HAS_RESIDUAL
-  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, nullptr, residual, residual_out, JN_N};
+#if JN_HAS_RESIDUAL || JN_PARTS > 1
+  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL, JN_PARTS> source{
+      x, nullptr, residual, residual_out, JN_N, rows * JN_N * JN_X::size};
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif
@@ -53,8 +54,8 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using Weights =
       Weighted<Shape, JN_X, JN_WEIGHT, JN_BIAS, JN_SMOOTH, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
 #if JN_IS_SUM
-  const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, x_bias, residual, residual_out,
-                                                                                JN_N};
+  const SumSource<JN_X, JN_X_BIAS, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL, JN_PARTS> source{
+      x, x_bias, residual, residual_out, JN_N, rows * JN_N * JN_X::size};
 #else
   const SumSource<JN_X, None, None, JN_V, false> source{x, nullptr, nullptr, nullptr, JN_N};
 #endif

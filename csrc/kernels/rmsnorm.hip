@@ -23,8 +23,9 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
   using namespace jaxnorm;
   using Shape = RowShape<JN_N, JN_V, JN_LANES, JN_GROUPS, JN_UNROLL, JN_REGS, JN_SHARED>;
   using Epilogue = WeightedStore<Shape, JN_X, JN_WEIGHT, JN_Y, JN_P, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_EARLY>;
-#if JN_HAS_RESIDUAL
-  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL> source{x, nullptr, residual, residual_out, JN_N};
+#if JN_HAS_RESIDUAL || JN_PARTS > 1
+  const AddSource<JN_X, JN_RESIDUAL, JN_V, JN_ROUND_RESIDUAL, JN_PARTS> source{
+      x, nullptr, residual, residual_out, JN_N, rows * JN_N * JN_X::size};
 #else
   const PlainSource<JN_X, JN_V> source{x, JN_N};
 #endif

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ QUANTIZE = register_stage(StageDef("quantize_fwd", "quantize", _quantize_referen
 
 
 @dataclass(frozen=True)
-class _Config:
+class Config:
     """Everything static about one call."""
 
     op: str
@@ -94,6 +95,11 @@ class _Config:
     backend: str | None
     backend_source: str
     targets: tuple[tuple[str, str], ...]
+
+    @property
+    def parts(self) -> int:
+        """More than one: x is [parts, ..., N], partial sums that the stage adds up."""
+        return dict(self.options).get("parts", 1)
 
 
 def resolve(spec: QuantSpec, targets: tuple[tuple[str, str], ...]) -> QuantSpec:
@@ -111,24 +117,23 @@ def resolve(spec: QuantSpec, targets: tuple[tuple[str, str], ...]) -> QuantSpec:
     return dataclasses.replace(spec, dtype=flavours.pop())
 
 
-def _scale_result(config: _Config, x: jax.Array) -> tuple[str, dict[str, int]]:
+def _scale_result(config: Config, lead: tuple[int, ...]) -> tuple[str, dict[str, int]]:
     """(dims of the scale as the stage gives it, sizes of its named dims)."""
     spec, groups = config.spec, config.spec.groups(config.width)
     if spec.scale_layout == "row":
         return "... g", {"g": groups}
     if spec.scale_layout == "column":
         return "g ...", {"g": groups}
-    rows = math.prod(x.shape[:-1])
-    mp, sp = ref.shuffled_shape(rows, groups)
-    if x.shape[-2] % 256 == 0:
+    mp, sp = ref.shuffled_shape(math.prod(lead), groups)
+    if lead[-1] % 256 == 0:
         return "... s", {"s": sp}
     return "r s", {"s": sp, "r": mp}
 
 
-def _run(config: _Config, arrays: Arrays) -> Any:
-    arrays = {k: arrays[k] for k in ORDER if k in arrays}  # a dict that went through a pytree comes back sorted
+def stage_call(config: Config, arrays: Mapping[str, Any]) -> StageCall:
+    """The stage on ``arrays``, of which only shapes and dtypes are looked at; they come in ORDER."""
     x, spec = arrays["x"], config.spec
-    n = x.shape[-1]
+    n, parts = x.shape[-1], config.parts
     packed = spec.dtype == "fp4"
     padded = config.width != n
     sizes = {"n": n}
@@ -141,7 +146,7 @@ def _run(config: _Config, arrays: Arrays) -> Any:
     results.append(("values", "... v" if packed else f"... {wide}", spec.value_dtype))
     static = "static_scale" in arrays
     if not static:
-        dims, more = _scale_result(config, x)
+        dims, more = _scale_result(config, x.shape[1 if parts > 1 else 0 : -1])
         sizes |= more
         results.append(("scale", dims, "uint8" if spec.scale_dtype == "e8m0" else "float32"))
     if "residual" in arrays:
@@ -150,10 +155,13 @@ def _run(config: _Config, arrays: Arrays) -> Any:
         results.append(("y", f"... {wide}", config.keep))
     tiles = not static and spec.scale_layout == "shuffled"
     follows = ("n", *(("g",) if spec.group_size and not tiles else ()), *(("v",) if packed else ()))
-    call = StageCall(
+    rows = {"x": "w ... n" if parts > 1 else "... n", "residual": "... n", "static_scale": ""}
+    if parts > 1:
+        sizes["w"] = parts
+    return StageCall(
         stage=config.stage,
         op=config.op,
-        operands=tuple((k, {"x": "... n", "residual": "... n", "static_scale": ""}.get(k, "n")) for k in arrays),
+        operands=tuple((k, rows.get(k, "n")) for k in arrays),
         results=tuple(results),
         sizes=tuple(sizes.items()),
         options=(*config.options, ("spec", spec), ("fp8", config.native_fp8)),
@@ -164,9 +172,16 @@ def _run(config: _Config, arrays: Arrays) -> Any:
         group=spec.group_size or 1,
         row_block=(0 if "r" in sizes else 32) if tiles else 1,
     )
+
+
+def run(config: Config, arrays: Arrays) -> Any:
+    """The stage, and its results in the form that the ops return."""
+    arrays = {k: arrays[k] for k in ORDER if k in arrays}  # a dict that went through a pytree comes back sorted
+    call, spec = stage_call(config, arrays), config.spec
     out = _op.run(call, tuple(arrays.values()))
+    static = "static_scale" in arrays
     scale = arrays["static_scale"].reshape(()) if static else out["scale"]
-    if not static and spec.scale_layout != "row" and "r" not in sizes:
+    if not static and spec.scale_layout != "row" and "r" not in dict(call.sizes):
         scale = (
             scale.reshape(scale.shape[0], -1) if spec.scale_layout == "column" else scale.reshape(-1, scale.shape[-1])
         )
@@ -176,20 +191,20 @@ def _run(config: _Config, arrays: Arrays) -> Any:
 
 
 @functools.cache
-def _without_gradient(config: _Config) -> Any:
+def _without_gradient(config: Config) -> Any:
     @jax.custom_vjp
     def op(arrays: Arrays) -> Any:
-        return _run(config, arrays)
+        return run(config, arrays)
 
     def backward(_: Any, __: Any) -> Any:
         raise TypeError(NO_GRADIENT.format(op=config.op, base=config.base))
 
-    op.defvjp(lambda arrays: (_run(config, arrays), None), backward)
+    op.defvjp(lambda arrays: (run(config, arrays), None), backward)
     return op
 
 
 @functools.partial(jax.jit, static_argnames=("config",), inline=True)
-def _jitted(arrays: Arrays, config: _Config) -> Any:
+def _jitted(arrays: Arrays, config: Config) -> Any:
     with jax.named_scope(config.op):
         single = arrays["x"].ndim == 1  # a stage has at least one leading dim
         if single:
@@ -248,7 +263,7 @@ def call_op(
         raise value_error(op, "spec.group_size", spec.group_size, f"a divisor of N={width}", remedy)
     name, source = _dispatch.requested(op, backend)
     targets = target.named()
-    config = _Config(
+    config = Config(
         op,
         base,
         stage,

@@ -37,6 +37,14 @@ def f32(v: jax.Array) -> jax.Array:
     return v.astype(jnp.float32)
 
 
+def rank_sum(parts: jax.Array) -> jax.Array:
+    """``parts[0] + parts[1] + ...`` of [W, ...] in float32, ascending: the one order every schedule must give."""
+    total = f32(parts[0])
+    for p in range(1, parts.shape[0]):
+        total = total + f32(parts[p])
+    return total
+
+
 def pad_last(v: jax.Array, width: int) -> jax.Array:
     """Zeros behind the features up to ``width``."""
     n = v.shape[-1]

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._common import Axes, f32, pad_last, rounded, row_sum
+from ._common import Axes, f32, pad_last, rank_sum, rounded, row_sum
 
 
-def summed(x: jax.Array, x_bias: jax.Array | None, residual: jax.Array | None) -> jax.Array:
-    """``f32(x) + f32(x_bias) + f32(residual)`` of what is there."""
-    a = f32(x)
+def summed(x: jax.Array, x_bias: jax.Array | None, residual: jax.Array | None, parts: int = 1) -> jax.Array:
+    """``f32(x) + f32(x_bias) + f32(residual)`` of what is there; x [parts, ..., N] is added up first."""
+    a = f32(x) if parts == 1 else rank_sum(x)
     if x_bias is not None:
         a = a + f32(x_bias)
     return a if residual is None else a + f32(residual)
@@ -56,6 +56,7 @@ def normalise(
     weight_offset: float,
     cast: str,
     residual_rounding: str,
+    parts: int = 1,
     axes: Axes = (),
 ) -> dict[str, jax.Array]:
     """float32 ``y`` [..., N] before its last rounding, ``mean``, ``shift``, ``rstd`` [...]; ``residual_out`` with a residual.
@@ -63,7 +64,7 @@ def normalise(
     ``arrays`` holds ``x`` and those of ``x_bias``, ``residual``, ``weight``, ``bias`` that are given.
     """
     x, residual = arrays["x"], arrays.get("residual")
-    n, out = summed(x, arrays.get("x_bias"), residual), {}
+    n, out = summed(x, arrays.get("x_bias"), residual, parts), {}
     if residual is not None:
         kept = rounded(n, residual.dtype)
         out["residual_out"] = kept.astype(residual.dtype)

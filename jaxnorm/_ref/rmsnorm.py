@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._common import Axes, f32, pad_last, rounded, row_sum
+from ._common import Axes, f32, pad_last, rank_sum, rounded, row_sum
 
 
 def normalise(
@@ -26,10 +26,12 @@ def normalise(
     weight_offset: float,
     cast: str,
     residual_rounding: str,
+    parts: int = 1,
     axes: Axes = (),
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """(y float32 [..., N] before its last rounding, residual_out or None, rstd float32 [...])."""
-    n, residual_out = f32(x), None
+    """(y float32 [..., N] before its last rounding, residual_out or None, rstd float32 [...]). With ``parts``, x [parts, ..., N]
+    stands for its float32 sum."""
+    n, residual_out = f32(x) if parts == 1 else rank_sum(x), None
     if residual is not None:
         n = n + f32(residual)
         kept = rounded(n, residual.dtype)

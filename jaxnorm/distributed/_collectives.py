@@ -8,16 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import _compat
-from .._ref._common import f32
+from .._ref._common import rank_sum
 from ._config import Axis
-
-
-def rank_sum(parts: jax.Array) -> jax.Array:
-    """``parts[0] + parts[1] + ...`` of [W, ...] in float32, ascending: the one order every schedule must give."""
-    total = f32(parts[0])
-    for p in range(1, parts.shape[0]):
-        total = total + f32(parts[p])
-    return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -26,9 +18,14 @@ def scatter_sum(x: jax.Array, axis: Axis) -> jax.Array:
 
     An all_to_all of the row blocks in x's own dtype carries what a reduce-scatter would, and leaves the sum to us.
     """
+    return rank_sum(own_parts(x, axis))
+
+
+def own_parts(x: jax.Array, axis: Axis) -> jax.Array:
+    """x [W * R, N] on every rank -> every rank's partials of this rank's rows, [W, R, N]."""
     ranks = jax.lax.axis_size(axis)
     blocks = x.reshape(ranks, x.shape[0] // ranks, *x.shape[1:])
-    return rank_sum(jax.lax.all_to_all(blocks, axis, 0, 0))
+    return jax.lax.all_to_all(blocks, axis, 0, 0)
 
 
 def _scatter_sum_backward(axis: Axis, like: jax.Array, ds: jax.Array) -> tuple[jax.Array]:
@@ -42,7 +39,12 @@ scatter_sum.defvjp(lambda x, axis: (scatter_sum(x, axis), jnp.zeros((), x.dtype)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def whole_sum(x: jax.Array, axis: Axis) -> jax.Array:
     """x [M, N] on every rank -> the sum over ranks, float32 [M, N], on every rank, from one gather of the partials."""
-    return rank_sum(_compat.all_gather_equal(x, axis, tiled=False))
+    return rank_sum(all_parts(x, axis))
+
+
+def all_parts(x: jax.Array, axis: Axis) -> jax.Array:
+    """x [M, N] on every rank -> every rank's partials, [W, M, N], on every rank."""
+    return _compat.all_gather_equal(x, axis, tiled=False)
 
 
 def _whole_sum_backward(axis: Axis, like: jax.Array, ds: jax.Array) -> tuple[jax.Array]:

@@ -1,16 +1,18 @@
 """The composition of XLA collectives and one local norm kernel: runs everywhere, is differentiable, and defines the values.
 
-    s = sum over ranks, ascending, of f32(x)          all_to_all of row blocks, then the sum of a rank's own rows
-    [s += f32(residual)] -> norm [-> quantise]        the ordinary fused op on the float32 rows
+    every rank's partials of a rank's own rows        all_to_all of row blocks
+    s = sum over ranks, ascending, of f32(x)          one kernel that reads all partials (summed.py), or XLA's sum and
+    [s += f32(residual)] -> norm [-> quantise]        the ordinary fused op on the float32 rows: the same bits
     all_gather of the values as bytes, and of the scales in row layout, which are laid out afterwards
 
 Few rows cost latency, not bytes: one all_gather of the partials replaces the exchange, every rank sums and normalises all rows,
-and nothing is left to gather. ``reduce="native"`` is XLA's own sum in the dtype of x.
+and nothing is left to gather. ``reduce="native"`` is XLA's own sum in the dtype of x, of few rows an all-reduce.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,14 +24,49 @@ from .. import _compat
 from .._ref import quant as ref
 from .._ref._common import f32
 from .._stage import Arrays
-from .._types import Quantized
+from .._types import Quantized, QuantSpec
 from . import _collectives as collectives
-from . import schedule
+from . import schedule, summed
 from ._config import Config
 
+Results = tuple[Any, jax.Array | None]
 
-def run(config: Config, arrays: Arrays) -> tuple[Any, jax.Array | None]:
+
+def run(config: Config, arrays: Arrays) -> Results:
     """(y or Quantized, residual_out or None). ``arrays``: x, and of residual, weight, bias those that are there."""
+    few = _few(config, arrays.get("residual"))
+    rows, spec = (config.rows, config.spec) if few else (config.share, _row_layout(config.spec))
+    if config.reduce == "native" or not summed.serves(config, arrays, rows, spec):
+        return _sum_apart(config, arrays)
+    if config.spec is not None:
+        return _in_one_kernel(config, arrays)
+    return _differentiable(config)(arrays)
+
+
+@functools.cache
+def _differentiable(config: Config) -> Any:
+    """One kernel, unless it is differentiated: the backward pass wants the sum."""
+
+    @jax.custom_vjp
+    def op(arrays: Arrays) -> Results:
+        return _in_one_kernel(config, arrays)
+
+    op.defvjp(lambda arrays: jax.vjp(functools.partial(_sum_apart, config), arrays), lambda vjp, cts: vjp(cts))
+    return op
+
+
+def _in_one_kernel(config: Config, arrays: Arrays) -> Results:
+    x, residual = _compat.vary_over(arrays["x"], config.axis), arrays.get("residual")
+    if _few(config, residual):
+        return summed.norm(config, collectives.all_parts(x, config.axis), residual, arrays, config.spec)
+    valid = _valid(config)
+    if residual is not None:
+        residual = _own_residual(config, residual, valid)
+    parts = collectives.own_parts(_pad_rows(x, config.share * config.ranks), config.axis)
+    return _gathered(config, *summed.norm(config, parts, residual, arrays, _row_layout(config.spec)), valid)
+
+
+def _sum_apart(config: Config, arrays: Arrays) -> Results:
     x, residual = arrays["x"], arrays.get("residual")
     x = _compat.vary_over(x, config.axis)
     if _few(config, residual):
@@ -59,11 +96,11 @@ def alone(config: Config, arrays: Arrays) -> tuple[Any, jax.Array | None]:
 
 def _few(config: Config, residual: jax.Array | None) -> bool:
     """Whether all ranks do all rows."""
-    if config.scatter and (not config.gather or residual is not None or config.reduce == "native"):
+    if config.scatter and (not config.gather or residual is not None):
         return False
     if residual is not None and _compat.varies_over(residual, config.axis):
         return False  # typed as different on each rank, so its results would be
-    return config.reduce == "native" or schedule.few_rows(config)
+    return (config.reduce == "native" and not config.scatter) or schedule.few_rows(config)
 
 
 def _own_sum(config: Config, x: jax.Array) -> jax.Array:
@@ -112,6 +149,10 @@ def _gathered(config: Config, y: Any, residual_out: jax.Array | None, valid: jax
     return gather(y) if config.gather else mask(y, 0), residual_out
 
 
+def _row_layout(spec: QuantSpec | None) -> QuantSpec | None:
+    return None if spec is None else dataclasses.replace(spec, scale_layout="row")
+
+
 def mask_values(values: jax.Array, valid: jax.Array | None) -> jax.Array:
     """Zero codes in the rows that are not there, by their bits: fp8 has no ``select`` everywhere."""
     if valid is None:
@@ -124,9 +165,7 @@ def _normalise(
     config: Config, s: jax.Array, residual: jax.Array | None, arrays: Arrays, lay_out: bool = True
 ) -> tuple[Any, jax.Array | None]:
     """The local op on float32 rows: (y or Quantized, residual_out or None)."""
-    spec = config.spec
-    if spec is not None and not lay_out:
-        spec = dataclasses.replace(spec, scale_layout="row")
+    spec = config.spec if lay_out else _row_layout(config.spec)
     if config.cast == "before_weight" and s.dtype.name != config.dtype:
         return _weight_last(config, s, residual, arrays, spec)
     weight = arrays.get("weight")

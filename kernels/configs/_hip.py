@@ -34,6 +34,16 @@ def _itemsize(problem: Problem, name: str) -> int:
     return ITEMSIZE[problem.dtype(name)] if problem.has(name) else 0
 
 
+def _parts(problem: Problem) -> int:
+    """Matrices whose sum x is, [parts, M, N]: the partial sums of so many ranks."""
+    return dict(problem.options).get("parts", 1)  # type: ignore[return-value]
+
+
+def _input_bytes(problem: Problem) -> int:
+    """Of what is read for an element of a row."""
+    return _parts(problem) * _itemsize(problem, "x") + _itemsize(problem, "residual")
+
+
 def _width(problem: Problem, padded: str) -> int:
     return problem.shape(padded)[-1]
 
@@ -61,10 +71,13 @@ def _buffers(problem: Problem) -> int:
 
 
 def vector(problem: Problem) -> int:
-    """Elements of a chunk: 16 bytes of the narrowest buffer, less if some row would then start off a chunk boundary."""
+    """Elements of a chunk: 16 bytes of the narrowest buffer, less if some row would then start off a chunk boundary.
+
+    Partial sums count as the float32 row that they make: a row has the same bits whether it was added up before or is here.
+    """
     padded = "y" if problem.stage.endswith("_fwd") else "dy"
-    scalars = (*STATS["layernorm"], "dweight", "sums")
-    v = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name not in scalars)
+    others = (*STATS["layernorm"], "dweight", "sums", *(("x",) if _parts(problem) > 1 else ()))
+    v = 16 // min((ITEMSIZE[dtype] for name, dtype in problem.dtypes if name not in others), default=4)
     while problem.features % v or _width(problem, padded) % v:
         v //= 2
     return v

@@ -20,8 +20,10 @@ from ._hip import (
     _ceil,
     _family,
     _grid,
+    _input_bytes,
     _itemsize,
     _nvidia,
+    _parts,
     _registers,
     _round_up,
     _row_registers,
@@ -103,15 +105,15 @@ def _group(problem: Problem) -> int:
 
 def vector(problem: Problem) -> int:
     """Elements of a chunk, as ``rmsnorm_hip.vector`` for the same operands and y: the row sum depends on it."""
-    floats = ("x", "x_bias", "residual", "weight", "bias", "y")
-    v = 16 // min(ITEMSIZE[problem.dtype(n)] for n in floats if problem.has(n))
+    floats = ("x_bias", "residual", "weight", "bias", "y", *(("x",) if _parts(problem) == 1 else ()))
+    v = 16 // min((ITEMSIZE[problem.dtype(n)] for n in floats if problem.has(n)), default=4)
     while problem.features % v or padded(problem) % v:
         v //= 2
     return v
 
 
 def _chunk_bytes(problem: Problem) -> int:
-    return vector(problem) * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+    return vector(problem) * _input_bytes(problem)
 
 
 def _factor_words(problem: Problem) -> int:
@@ -140,7 +142,7 @@ def _in_plenty(problem: Problem) -> Forward | None:
     memory is busy anyway (int8 1.008, two chunks), but for the longer LayerNorm: four chunks 1.034, two 1.061.
     """
     wave, chunks = wave_size(problem.target), problem.features // vector(problem)
-    if not _nvidia(problem) or _words(problem) != 8 or chunks <= wave:
+    if not _nvidia(problem) or _words(problem) != 8 or chunks <= wave or _parts(problem) > 1:
         return None
     longer, quarter = _family(problem) == "layernorm", _round_up(_ceil(chunks, 4), wave)
     lanes = quarter
@@ -217,6 +219,7 @@ def _ahead(problem: Problem, each: int = 4) -> Ahead | None:
         not _nvidia(problem)
         or problem.has("residual")
         or problem.has("x_bias")
+        or _parts(problem) > 1
         or _itemsize(problem, "x") != 2
         or vector(problem) != 8
         or chunks <= wave
@@ -267,7 +270,7 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     wave, v = wave_size(problem.target), vector(problem)
     chunks, words = problem.features // v, _words(problem)
     per = _ceil(chunks, c.lanes)
-    limit = _row_registers(problem)
+    limit = max(_row_registers(problem), 64 if _parts(problem) > 1 and c.lanes <= 512 else 0)
     # Less where the rest of the row comes by beside the slots.
     regs = min(per, max(1, (limit if per * words <= limit else limit // 2) // words))
     blocks = 2 if c.lanes <= 512 else 1

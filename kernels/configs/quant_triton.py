@@ -85,6 +85,8 @@ def _check(problem: Problem) -> None:
         raise Unsupported(f"no Triton kernel for the stage {problem.stage}")
     if problem.rows < 1:
         raise Unsupported("no rows: nothing to launch")
+    if dict(problem.options).get("parts", 1) != 1:
+        raise Unsupported("no Triton kernel adds up the partial sums of ranks")
     if max(problem.rows, _scale_rows(problem)) > MAX_ROWS:
         raise Unsupported(f"{problem.rows} rows; the kernels count up to {MAX_ROWS}")
     if _padded(problem) > MAX_FEATURES:

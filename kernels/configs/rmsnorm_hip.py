@@ -21,8 +21,10 @@ from ._hip import (
     _ceil,
     _family,
     _grid,
+    _input_bytes,
     _itemsize,
     _nvidia,
+    _parts,
     _registers,
     _round_up,
     _row_registers,
@@ -99,8 +101,8 @@ def _check(problem: Problem) -> None:
 
 def _held_words(problem: Problem, v: int) -> int:
     """Registers of a chunk that waits: the raw bits, or the float32 sum with a residual if that is more."""
-    raw = v * (_itemsize(problem, "x") + _itemsize(problem, "residual") + _itemsize(problem, "x_bias"))
-    exact = 4 * v if problem.has("residual") or problem.has("x_bias") else 0
+    raw = v * (_input_bytes(problem) + _itemsize(problem, "x_bias"))
+    exact = 4 * v if problem.has("residual") or problem.has("x_bias") or _parts(problem) > 1 else 0
     return max(raw, exact) // 4 or 1
 
 
@@ -152,7 +154,8 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
     room = compute_units(problem.target) * 1024
     few = problem.rows * MAX_THREADS <= room
     thirds = _round_up(_ceil(chunks, 3), wave)
-    if _nvidia(problem) and chunks >= (MAX_THREADS if few else MAX_THREADS + 1) and thirds <= MAX_THREADS:
+    least_chunks = MAX_THREADS if few else MAX_THREADS + 1
+    if _nvidia(problem) and chunks >= least_chunks and thirds <= MAX_THREADS and _parts(problem) == 1:
         # *H200*, three chunks a thread: 16x8192 2.06 us, 2.14 with 512 threads of two; 16x16384 2.69, 2.88 with 1024; 8192x16384
         # 1.032 of a copy, 1.069 with 512 threads of four. With a residual 16x16384 3.17 us, 3.23 with 1024; 8192x16384 no gain.
         if more and not few and not problem.has("residual"):
@@ -177,7 +180,7 @@ def _room(problem: Problem, blocks: int) -> int:
 
 
 def _chunk_bytes(problem: Problem) -> int:
-    return vector(problem) * (_itemsize(problem, "x") + _itemsize(problem, "residual"))
+    return vector(problem) * _input_bytes(problem)
 
 
 def _with_storage(problem: Problem, c: Forward) -> Forward:
@@ -187,6 +190,8 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     per = _ceil(chunks, c.lanes)
     # A little less where shared memory, which the rest of the row reaches through registers, holds the other part (seen: spills).
     limit = _row_registers(problem) * 3 // (4 if problem.has("x_bias") else 3)
+    if _parts(problem) > 1 and c.lanes <= 512:
+        limit = max(limit, 64)  # what waits as loaded is three quarters gone once it is added up
     regs = min(per, max(1, (limit if per * words <= limit else limit * 3 // 4) // words))
     blocks = 2 if c.lanes <= 512 else 1
     free = max(
@@ -253,6 +258,8 @@ def _walking(problem: Problem) -> Ahead | None:
     least = 9 if pivots(problem) and chunks <= 1024 else 7
     if not least * units <= problem.rows <= most * units or not 1024 <= chunks <= 2048 or problem.has("x_bias"):
         return None
+    if _parts(problem) > 1:
+        return None
     light = norm == "rmsnorm" and not residual
     if chunks <= 1024:
         return _ahead(problem, _ceil(chunks, 512 if light else 256), depth=1, blocks=2, early=True)
@@ -293,7 +300,8 @@ def _turns(problem: Problem) -> int:
 
 
 def _ahead_candidates(problem: Problem) -> Iterator[Forward]:
-    if problem.features // vector(problem) < 512 or problem.rows > 32 * compute_units(problem.target):
+    few = problem.rows <= 32 * compute_units(problem.target)
+    if problem.features // vector(problem) < 512 or not few or _parts(problem) > 1:
         return
     for each in (2, 4, 8):
         for depth, blocks in ((1, 2), (2, 2), (1, 3), (2, 1), (3, 1)):
@@ -381,10 +389,12 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
 
 def _bias_constants(problem: Problem) -> Constants:
     """Where x comes from, and the bias behind the weight."""
+    parts = ("JN_PARTS", _parts(problem))
     if _family(problem) != "layernorm":
-        return (("JN_HAS_RESIDUAL", problem.has("residual")),)
+        return (parts, ("JN_HAS_RESIDUAL", problem.has("residual")))
     return (
-        ("JN_IS_SUM", problem.has("residual") or problem.has("x_bias")),
+        parts,
+        ("JN_IS_SUM", problem.has("residual") or problem.has("x_bias") or _parts(problem) > 1),
         ("JN_X_BIAS", _type(problem, "x_bias")),
         ("JN_BIAS", _type(problem, "bias")),
     )

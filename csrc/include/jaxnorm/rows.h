@@ -78,12 +78,13 @@ template <int V, int WHICH> struct Operand<None, V, WHICH> {
 // s = x + bias + residual of what there is (B, R: None = absent); written as residual_out if there is a residual. bias
 // is a vector over the columns. ROUND: the norm sees the rounded s. residual_out may be the buffer of residual: a
 // thread has read a chunk before it writes it, and chunks that are read again are written at the last reading.
-template <class X, class B, class R, int V, bool ROUND> struct SumSource {
+// PARTS > 1: x is the sum of so many matrices, `apart` bytes from one to the next, in float32 and in their order.
+template <class X, class B, class R, int V, bool ROUND, int PARTS = 1> struct SumSource {
   static constexpr bool BIASED = B::size > 0;
   using BiasBits = Operand<B, V, 0>;
   using ResidualBits = Operand<R, V, 1>;
   struct Raw : BiasBits, ResidualBits {
-    Chunk<X, V> x;
+    Chunk<X, V> x[PARTS];
   };
   struct Exact {
     float f[V];
@@ -100,19 +101,24 @@ template <class X, class B, class R, int V, bool ROUND> struct SumSource {
   const char* residual;
   char* out;
   int n;
+  u64 apart = 0;
 
   JN_DEV void fetch_bias(Raw& raw, u32 column, int offset) const {
     if constexpr (B::size > 0) raw.BiasBits::bits = load_chunk<B, V, false>(bias + column * B::size + offset * B::size);
   }
   JN_DEV Raw fetch(u64 start, u32 column, int offset) const {
     Raw raw;
-    raw.x = load_chunk<X, V, true>(x + start * X::size + offset * X::size);
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p)
+      raw.x[p] = load_chunk<X, V, true>(x + p * apart + start * X::size + offset * X::size);
     if constexpr (added) raw.ResidualBits::bits = load_chunk<R, V, true>(residual + start * R::size + offset * R::size);
     fetch_bias(raw, column, offset);
     return raw;
   }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const {
-    widen<X, V>(raw.x, f);
+    widen<X, V>(raw.x[0], f);
+#pragma unroll
+    for (int p = 1; p < PARTS; ++p) Operand<X, V, 0>{raw.x[p]}.add_to(f);
     raw.BiasBits::add_to(f);
     raw.ResidualBits::add_to(f);
     if constexpr (added && ROUND) widen<R, V>(narrow<R, V>(f), f);
@@ -139,23 +145,26 @@ template <class X, class B, class R, int V, bool ROUND> struct SumSource {
   template <int THREADS> struct Stashed {
     using SlotX = Stash<X, V, THREADS>;
     using SlotR = Stash<R, V, THREADS>;
-    static constexpr int footprint = SlotX::footprint + SlotR::footprint;
+    static constexpr int ahead = PARTS * SlotX::footprint, footprint = ahead + SlotR::footprint;
     static JN_DEV void fetch(const SumSource& s, unsigned char* base, u32 thread, u64 start, int offset) {
-      SlotX::fetch(base, thread, s.x + start * X::size + offset * X::size);
-      if constexpr (added)
-        SlotR::fetch(base + SlotX::footprint, thread, s.residual + start * R::size + offset * R::size);
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p)
+        SlotX::fetch(base + p * SlotX::footprint, thread, s.x + p * s.apart + start * X::size + offset * X::size);
+      if constexpr (added) SlotR::fetch(base + ahead, thread, s.residual + start * R::size + offset * R::size);
     }
     // the bias, which all rows share, stays in the nearest cache
     static JN_DEV Raw read(const SumSource& s, const unsigned char* base, u32 thread, u32 column, int offset) {
       Raw raw;
-      raw.x = SlotX::read(base, thread);
-      if constexpr (added) raw.ResidualBits::bits = SlotR::read(base + SlotX::footprint, thread);
+#pragma unroll
+      for (int p = 0; p < PARTS; ++p) raw.x[p] = SlotX::read(base + p * SlotX::footprint, thread);
+      if constexpr (added) raw.ResidualBits::bits = SlotR::read(base + ahead, thread);
       s.fetch_bias(raw, column, offset);
       return raw;
     }
   };
 };
-template <class X, class R, int V, bool ROUND> using AddSource = SumSource<X, None, R, V, ROUND>;
+template <class X, class R, int V, bool ROUND, int PARTS = 1>
+using AddSource = SumSource<X, None, R, V, ROUND, PARTS>;
 
 // ---- one row on chip
 // ----------------------------------------------------------------------------------------------------
@@ -166,8 +175,9 @@ template <class S, class Source, bool PIVOT = false> struct Row {
   using Raw = typename Source::Raw;
   // Chunks on their way through registers at a time: 64 bytes
   static constexpr int V = S::V, BATCH = min_of(4, max_of(1, 64 / int(sizeof(Raw))));
-  // ... and behind the register slots, at their last use; a bias of x beside each costs its own registers
-  static constexpr int LATE = Source::BIASED ? 1 : 4;
+  // ... and behind the register slots, at their last use; a bias of x beside each costs its own registers, and so do
+  // the partial sums of many ranks
+  static constexpr int LATE = Source::BIASED || sizeof(Raw) > 64 ? 1 : 4, AGAIN = sizeof(Raw) > 64 ? 1 : 2;
   using Kept = typename Source::Kept;
   using Stashed = typename Source::template Stashed<S::THREADS>;
   const Source& source;
@@ -271,7 +281,7 @@ template <class S, class Source, bool PIVOT = false> struct Row {
       source.values(stashed(k), f);
       use(k, f);
     }
-#pragma unroll 2
+#pragma unroll(AGAIN)
     for (int k = S::REGS + S::SHARED; k < S::PER; ++k) {
       if (!has(k)) continue;
       float f[V];
