@@ -142,13 +142,13 @@ def _normalise(c: Case, special: bool) -> tuple[Array, Array | None, Array, Arra
     rows = p.rows
     data = c.g.standard_normal(p.shape("x")) * 1.7 + (0.75 if centred else 0.0)
     if special and rows > NAN_ROW:
-        data[ZERO_ROW] = 0.0
-        data[NAN_ROW, p.features // 2] = np.nan
+        data[..., ZERO_ROW, :] = 0.0
+        data[..., NAN_ROW, p.features // 2] = np.nan
     c.given("x", data, p.dtype("x"))
     bias_in = c.vector("x_bias")
     # No bias near 1.5 or 1.75: of a row of zeros it is all there is, and an exponent would lie on its boundary.
     weight, bias = c.vector("weight"), c.vector("bias", 0.3, 1.3)
-    x = c.inputs["x"]
+    x = c.inputs["x"] if c.option("parts", 1) == 1 else oracle.rank_sum(c.inputs["x"])
     if c.reads("residual"):
         residual = c.g.standard_normal(p.shape("residual")) * 2.5
         if special and rows > NAN_ROW:

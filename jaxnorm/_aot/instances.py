@@ -18,7 +18,7 @@ from .. import _dispatch, _explain, _launch
 from .._compile import cache
 from .._compile.target import use_target
 from .._stage import StageCall
-from ..distributed import fused
+from ..distributed import fused, summed
 from ..distributed._config import Config
 from ..kernels.configs import COMPUTE_UNITS, Launch, Problem, Unsupported, distributed_hip
 from .spec import Call
@@ -44,10 +44,12 @@ class Stage:
 
     def problem(self, rows: int) -> Problem:
         """The stage for another number of rows."""
-        avals = [
-            jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype) if self.call.dims(name)[:1] == ("...",) else a
-            for name, a in zip(self.call.names, self.avals, strict=True)
-        ]
+        avals = []
+        for name, a in zip(self.call.names, self.avals, strict=True):
+            dims = self.call.dims(name)
+            at = dims.index("...") if "..." in dims else len(dims)
+            shape = (*a.shape[:at], rows, *a.shape[at + 1 :]) if at < len(dims) else a.shape
+            avals.append(jax.ShapeDtypeStruct(shape, a.dtype))
         return _launch.problem(self.call, avals, self.target)
 
     def plan(self, rows: int) -> tuple[Launch, ...]:
@@ -133,32 +135,38 @@ def stages(call: Call, target: str, backend: str | None = None, compilers: bool 
     platform = check_target(target)
     found: dict[Stage, None] = {}
     x64 = call.x64 or jax.config.jax_enable_x64  # type: ignore[attr-defined]
-    with use_target({platform: target}), jax.enable_x64(x64):
+    with use_target({platform: target}), jax.enable_x64(x64), summed.apart():
         for function, arguments in call.functions():
             for stage_call, avals in _explain._stages(jax.make_jaxpr(function)(*arguments).jaxpr):
                 if avals is None:
-                    found |= dict.fromkeys(_fused(stage_call, target, backend or call.backend, compilers))
+                    found |= dict.fromkeys(_of_ranks(stage_call, target, backend or call.backend, compilers))
                     continue
                 shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals)
                 found[_chosen(stage_call, shapes, target, backend or call.backend, compilers)] = None
     return list(found)
 
 
-def _fused(decision: Any, target: str, named: str | None, compilers: bool) -> list[FusedStage]:
-    """The kernel of a distributed call, where there is one for it; it is a HIP kernel."""
+def _of_ranks(decision: Any, target: str, named: str | None, compilers: bool) -> list[Stage]:
+    """The kernels that distributed calls alone have, HIP kernels: the fused one, where there is one for the call, and the norm of the
+    partial sums between the composite's collectives. The norm of their sum is a stage like any other."""
     config = decision.config
-    if named == "triton" or (config.norm, config.reduce) != ("rmsnorm", "exact"):
+    if named == "triton" or config.reduce != "exact" or (compilers and not _dispatch.compiler("hip", target)[0]):
         return []
-    stage = FusedStage(Fused(config.op), (), target, "hip", "the fused kernel", config, decision.dtypes)  # type: ignore[arg-type]
-    usable = not compilers or _dispatch.compiler("hip", target)[0]
-    return [stage] if usable and stage.plan(config.rows) else []
+    avals = summed.operands(config, {n: jax.numpy.dtype(d) for n, d in decision.dtypes}, config.share)
+    found: list[Stage] = [
+        Stage(summed.stage_call(config, avals, spec), tuple(avals.values()), target, "hip", "the norm of partial sums")
+        for spec in dict.fromkeys((config.spec, summed.row_layout(config.spec)))
+    ]
+    if config.norm == "rmsnorm":
+        found.append(FusedStage(Fused(config.op), (), target, "hip", "the fused kernel", config, decision.dtypes))  # type: ignore[arg-type]
+    return [stage for stage in found if stage.plan(config.rows)]
 
 
 def _chosen(
     call: StageCall, avals: tuple[jax.ShapeDtypeStruct, ...], target: str, named: str | None, compilers: bool
 ) -> Stage:
     start = Stage(replace(call, targets=()), avals, target, "xla", "")
-    problem = start.problem(avals[0].shape[0])
+    problem = start.problem(*call.lead(avals[0].shape))
     order, why = ((named,), "named") if named else _dispatch._order(call, problem)
     rejected = []
     for backend in order:

@@ -42,6 +42,15 @@ def rounded(values: Array, name: str) -> Array:
 # Norms
 
 
+def rank_sum(parts: Array) -> Array:
+    """The partial sums of the ranks, added up in float32 and in their order."""
+    s = parts[0].astype(np.float32)
+    with np.errstate(all="ignore"):
+        for part in parts[1:]:
+            s = s + part.astype(np.float32)
+    return s
+
+
 def residual_sum(x: Array, residual: Array, x_bias: Array | None = None) -> Array:
     """``s`` in float32, which is where the contract rounds it."""
     with np.errstate(all="ignore"):

@@ -11,7 +11,6 @@ and nothing is left to gather. ``reduce="native"`` is XLA's own sum in the dtype
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -24,7 +23,7 @@ from .. import _compat
 from .._ref import quant as ref
 from .._ref._common import f32
 from .._stage import Arrays
-from .._types import Quantized, QuantSpec
+from .._types import Quantized
 from . import _collectives as collectives
 from . import schedule, summed
 from ._config import Config
@@ -35,7 +34,7 @@ Results = tuple[Any, jax.Array | None]
 def run(config: Config, arrays: Arrays) -> Results:
     """(y or Quantized, residual_out or None). ``arrays``: x, and of residual, weight, bias those that are there."""
     few = _few(config, arrays.get("residual"))
-    rows, spec = (config.rows, config.spec) if few else (config.share, _row_layout(config.spec))
+    rows, spec = (config.rows, config.spec) if few else (config.share, summed.row_layout(config.spec))
     if config.reduce == "native" or not summed.serves(config, arrays, rows, spec):
         return _sum_apart(config, arrays)
     if config.spec is not None:
@@ -63,7 +62,7 @@ def _in_one_kernel(config: Config, arrays: Arrays) -> Results:
     if residual is not None:
         residual = _own_residual(config, residual, valid)
     parts = collectives.own_parts(_pad_rows(x, config.share * config.ranks), config.axis)
-    return _gathered(config, *summed.norm(config, parts, residual, arrays, _row_layout(config.spec)), valid)
+    return _gathered(config, *summed.norm(config, parts, residual, arrays, summed.row_layout(config.spec)), valid)
 
 
 def _sum_apart(config: Config, arrays: Arrays) -> Results:
@@ -149,10 +148,6 @@ def _gathered(config: Config, y: Any, residual_out: jax.Array | None, valid: jax
     return gather(y) if config.gather else mask(y, 0), residual_out
 
 
-def _row_layout(spec: QuantSpec | None) -> QuantSpec | None:
-    return None if spec is None else dataclasses.replace(spec, scale_layout="row")
-
-
 def mask_values(values: jax.Array, valid: jax.Array | None) -> jax.Array:
     """Zero codes in the rows that are not there, by their bits: fp8 has no ``select`` everywhere."""
     if valid is None:
@@ -165,7 +160,7 @@ def _normalise(
     config: Config, s: jax.Array, residual: jax.Array | None, arrays: Arrays, lay_out: bool = True
 ) -> tuple[Any, jax.Array | None]:
     """The local op on float32 rows: (y or Quantized, residual_out or None)."""
-    spec = config.spec if lay_out else _row_layout(config.spec)
+    spec = config.spec if lay_out else summed.row_layout(config.spec)
     if config.cast == "before_weight" and s.dtype.name != config.dtype:
         return _weight_last(config, s, residual, arrays, spec)
     weight = arrays.get("weight")

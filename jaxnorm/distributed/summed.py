@@ -6,11 +6,13 @@ op on that sum.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 
-from .. import _dispatch, _launch, _op
+from .. import _context, _dispatch, _launch, _op
 from .._api import layernorm, layernorm_quant, quant, rmsnorm
 from .._compile import target
 from .._stage import Arrays, StageCall
@@ -23,19 +25,34 @@ PLAIN = {"rmsnorm": rmsnorm.FORWARD, "layernorm": layernorm.FORWARD}
 QUANTISING = {"rmsnorm": quant.RMSNORM_QUANT, "layernorm": layernorm_quant.LAYERNORM_QUANT}
 
 
+def apart() -> Any:
+    """Context manager: the sum is XLA's, for what wants the stages of a norm on the sum, and for tests and measurements."""
+    return _context.sum_apart(True)
+
+
 def serves(config: Config, arrays: Arrays, rows: int, spec: QuantSpec | None) -> bool:
     """Whether a kernel does it on every platform that is traced for; else the sum is XLA's, and the norm whatever serves that.
 
     ``arrays``: of the whole call; the kernel has ``rows`` rows.
     """
-    shapes = {"x": (config.ranks, rows, config.features), "residual": (rows, config.features)}
-    avals = {
-        k: jax.ShapeDtypeStruct(shapes.get(k, (config.features,)), arrays[k].dtype) for k in ORDER if k in arrays
-    }
+    if _context.sum_apart.value:
+        return False
+    avals = operands(config, {k: a.dtype for k, a in arrays.items()}, rows)
     call = stage_call(config, avals, spec)
     if call.backend not in (None, "hip"):
         return False
     return all(_kernel(call, list(avals.values()), t) for t in target.in_force(target.named()))
+
+
+def operands(config: Config, dtypes: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the stage reads of a call whose operands have these dtypes, in ORDER."""
+    shapes = {"x": (config.ranks, rows, config.features), "residual": (rows, config.features)}
+    return {k: jax.ShapeDtypeStruct(shapes.get(k, (config.features,)), dtypes[k]) for k in ORDER if k in dtypes}
+
+
+def row_layout(spec: QuantSpec | None) -> QuantSpec | None:
+    """As a rank quantises its own rows: the scales of all are laid out once they are gathered."""
+    return None if spec is None else replace(spec, scale_layout="row")
 
 
 def _kernel(call: StageCall, avals: list[Any], t: str) -> bool:
