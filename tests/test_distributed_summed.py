@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cases
+import isa
 import jax
+import jax.numpy as jnp
 import needs
 import numpy as np
 import pytest
 import simt_build
+import test_distributed
 import test_hip_compile
 import tolerances
+from cases_distributed import Call, mesh_of
 from jaxnorm.kernels.configs import Launch, Problem, quant_hip, rmsnorm_hip
 
-from jaxnorm import QuantSpec, _launch
+import jaxnorm
+from jaxnorm import QuantSpec, _explain, _launch, _native
+from jaxnorm._compile import hip
 from jaxnorm.distributed import summed
 from jaxnorm.distributed._config import Config
 
@@ -55,9 +60,6 @@ class Case:
         avals = {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in arrays.items()}
         return _launch.problem(summed.stage_call(config, avals, self.spec), list(avals.values()), self.target)
 
-    def plan(self, p: Problem) -> tuple[Launch, ...]:
-        return (quant_hip if self.spec else rmsnorm_hip).plan(p)
-
 
 def added_up(p: Problem) -> Problem:
     """The same on the float32 sum."""
@@ -67,39 +69,107 @@ def added_up(p: Problem) -> Problem:
                    options=tuple(o for o in p.options if o[0] != "parts"))  # fmt: skip
 
 
-RUN = [
-    Case(2, 5, 768, FP8),
-    Case(4, 3, 4096, residual=BF16),
-    Case(8, 9, 1000, x=F16, residual=F32, weight=F32, target="gfx942"),
-    Case(3, 33, 128, INT8, residual=BF16, target="gfx942"),
-    Case(4, 6, 1024, MX, x=F32, weight=None),
-    Case(2, 2, 31, x=F16, weight=F32),
-    Case(8, 1, 40960, FP8, residual=F32),  # registers, shared memory, and read again
-    Case(8, 1, 131072, target="gfx942"),
-    Case(4, 5, 1600, norm="layernorm", weight=F32),
-    Case(2, 3, 2048, FP8, residual=F16, norm="layernorm", target="gfx942"),
-]
+RUN = {
+    "two ranks": Case(2, 5, 768, FP8, residual=F32),
+    "eight ranks": Case(8, 5, 768, FP8, residual=F32),
+    "read again": Case(3, 3, 1600, x=F16, residual=BF16),
+    "wave of 64": Case(4, 3, 1024, MX, weight=None, target="gfx942"),
+    "layernorm": Case(4, 2, 2048, x=F32, norm="layernorm", target="gfx942"),
+}
+STORAGE = {"read again": {"lanes": 64, "regs": 1, "shared": 1}}
+
+
+def plan(name: str, p: Problem) -> tuple[Launch, ...]:
+    """That of the module, or with other storage."""
+    if name in STORAGE:
+        return (rmsnorm_hip._forward_launch(p, rmsnorm_hip.Forward(**STORAGE[name])),)
+    return (quant_hip if RUN[name].spec else rmsnorm_hip).plan(p)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> simt_build.Kernels:
     needs.need("gxx", not (why := simt_build.missing()), why)
-    problems = [(c, c.problem(c.arrays())) for c in RUN]
-    plans = [(c.target, c.plan(q)) for c, p in problems for q in (p, added_up(p))]
-    return simt_build.Kernels(plans)
+    both = [(name, p) for name, c in RUN.items() for p in (c.problem(c.arrays()), added_up(c.problem(c.arrays())))]
+    return simt_build.Kernels([(p.target, plan(name, p)) for name, p in both])
 
 
-@pytest.mark.parametrize("case", RUN, ids=str)
-def test_bits(kernels: simt_build.Kernels, case: Case) -> None:
+@pytest.mark.parametrize("name", RUN)
+def test_bits(kernels: simt_build.Kernels, name: str) -> None:
     """Those of the ordinary kernel on the sum, which numpy adds up in rank order."""
-    arrays = case.arrays()
-    p = case.problem(arrays)
-    got = kernels.run(p, case.plan(p), arrays, "shuffled")
+    arrays = RUN[name].arrays()
+    p = RUN[name].problem(arrays)
+    got = kernels.run(p, plan(name, p), arrays, "shuffled")
     total = arrays["x"][0].astype(np.float32)
     for part in arrays["x"][1:]:
         total = total + part.astype(np.float32)
-    q = added_up(p)
-    want = kernels.run(q, case.plan(q), {**arrays, "x": total})
+    want = kernels.run(added_up(p), plan(name, added_up(p)), {**arrays, "x": total})
     assert set(got) == set(want)
-    for name, value in want.items():
-        tolerances.assert_same_bits(got[name], value, name)
+    for result, value in want.items():
+        tolerances.assert_same_bits(got[result], value, result)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["sm_90", "gfx942", "gfx1100"])
+def test_machine_code(target: str) -> None:
+    """All partials of a chunk in accesses of 16 bytes, all of a row on chip, nothing spilled."""
+    test_hip_compile.need_compiler(target)
+    case = Case(8, 16, 8192, FP8, residual=BF16, target=target)
+    shapes = {"x": (8, 16, 8192), "residual": (16, 8192), "weight": (8192,)}
+    p = case.problem({k: np.zeros(s, cases.dtype(BF16)) for k, s in shapes.items()})
+    (launch,) = quant_hip.plan(p)
+    text = test_hip_compile.machine_code(launch, p)
+    test_hip_compile.assert_no_spills(text, launch, target)
+    count = isa.counts(text, target)
+    assert count["load16"] == (8 + 1 + 1) * dict(launch.constants)["JN_REGS"], count
+    assert dict(launch.constants)["JN_REGS"] * launch.threads * 8 >= 8192, "a chunk is read again"
+
+
+@pytest.mark.parametrize("name", ["column", "allreduce-few"])
+def test_composite(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With the stages between the collectives, which the reference serves here: the bits of the sum apart, typed alike."""
+    needs.need_devices(8)
+    call = test_distributed.CALLS[name]
+    arrays, mesh = call.inputs(), mesh_of((call.ranks,), ("tp",))
+    placed = call.place(arrays, mesh, "tp")
+    want = call.sharded(mesh, "tp")(placed)
+    asked = []
+    monkeypatch.setattr(summed, "serves", lambda *a: asked.append(a) or True)
+    got = call.sharded(mesh, "tp")(placed)
+    assert asked
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        tolerances.assert_same_bits(a, b)
+
+
+def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through the sum apart."""
+    needs.need_devices(8)
+    call, mesh = Call(5, 32, 2, residual="bfloat16"), mesh_of((2,), ("tp",))
+    arrays = {k: np.nan_to_num(a) for k, a in call.inputs(3).items()}
+    placed = call.place(arrays, mesh, "tp")
+    cotangents = [jnp.ones((5, 32), jnp.bfloat16), jnp.asarray(arrays["residual"])]
+    want = test_distributed._backward(call, mesh, True)(placed, cotangents)
+    monkeypatch.setattr(summed, "serves", lambda *a: True)
+    got = test_distributed._backward(call, mesh, True)(placed, cotangents)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        tolerances.assert_same_bits(a, b)
+
+
+def test_who_adds_up() -> None:
+    """On a GPU the kernel, unless a backend is named that has none; on the CPU XLA."""
+    needs.need("launcher", _native.status().ok, _native.status().reason)
+    needs.need("nvrtc", *hip.available("sm_90")[:2])
+    call = test_distributed.CALLS["token"]
+    avals = {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in call.inputs().items()}
+    f = call.sharded(jax.sharding.AbstractMesh((call.ranks,), ("tp",)), "tp", impl="composite")
+
+    def dims() -> list[str]:
+        stages = _explain._stages(jax.make_jaxpr(f)(avals).jaxpr)
+        return [" ".join(stage.dims("x")) for stage, shapes in stages if shapes is not None]
+
+    assert dims() == ["... n"]
+    with jaxnorm.use_target({"cuda": "sm_90"}):
+        assert dims() == ["w ... n"]
+        with jaxnorm.use_backend("triton"):
+            assert dims() == ["... n"]
+        with summed.apart():
+            assert dims() == ["... n"]

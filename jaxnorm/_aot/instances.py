@@ -147,7 +147,7 @@ def stages(call: Call, target: str, backend: str | None = None, compilers: bool 
 
 
 def _of_ranks(decision: Any, target: str, named: str | None, compilers: bool) -> list[Stage]:
-    """The kernels that distributed calls alone have, HIP kernels: the fused one, where there is one for the call, and the norm of the
+    """The kernels that distributed calls alone have, all HIP: the fused one, where there is one for the call, and the norm of
     partial sums between the composite's collectives. The norm of their sum is a stage like any other."""
     config = decision.config
     if named == "triton" or config.reduce != "exact" or (compilers and not _dispatch.compiler("hip", target)[0]):
