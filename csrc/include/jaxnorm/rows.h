@@ -163,8 +163,7 @@ template <class X, class B, class R, int V, bool ROUND, int PARTS = 1> struct Su
     }
   };
 };
-template <class X, class R, int V, bool ROUND, int PARTS = 1>
-using AddSource = SumSource<X, None, R, V, ROUND, PARTS>;
+template <class X, class R, int V, bool ROUND, int PARTS = 1> using AddSource = SumSource<X, None, R, V, ROUND, PARTS>;
 
 // ---- one row on chip
 // ----------------------------------------------------------------------------------------------------
