@@ -61,13 +61,20 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_groupnorm_bwd_dx)
-// dx from x, dy, stats and shares
+// dx from x, dy, stats and shares; and by the first JN_ADDERS blocks dparams from partials, in a fixed order
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     groupnorm_bwd_dx(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
-                     const float* shares, unsigned long long batches, char* dx) {
+                     const float* shares, const float* partials, unsigned long long batches, unsigned programs,
+                     char* dx, float* dparams) {
   using namespace jaxnorm;
+  if (linear_block() < JN_ADDERS) {
+    wait_for_launch_before();
+    for (u32 columns = block_x(); columns * (JN_COLUMNS * JN_ADD_V) < 2 * JN_C; columns += JN_ADDERS)
+      add_partials<2 * JN_C, JN_ADD_V, JN_COLUMNS, JN_SLICES>(partials, programs, dparams, columns);
+    return;
+  }
   group_bwd_dx<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_SHARES>(x, dy, weight, bias, stats, shares,
-                                                                                   batches, dx);
+                                                                                   batches, dx, JN_ADDERS);
 }
 #endif
 

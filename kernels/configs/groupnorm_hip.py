@@ -18,12 +18,12 @@ from ._groups import (
     Cut,
     Lines,
     Sizes,
+    add_partials,
     block_count,
     largest_factor,
     map_macros,
     part_count,
     power_of_2_below,
-    reduce_launch,
     sizes,
     sum_bytes,
     vector_types,
@@ -230,6 +230,7 @@ def _forward_launches(s: Sizes, c: Cut) -> tuple[Launch, ...]:
         scalars=(batches,),
         threads=threads,
         shared=12 * (c.tile // s.group) if s.last else 0,
+        overlaps=True,
     )
     return partials, apply
 
@@ -342,7 +343,9 @@ def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ..
         parts = shares = part_count(s, sums)
         constants, sum_threads = map_macros(s, sums)
         blocks, shared = block_count(s, sums), _backward_shared(s, sums)
-    launches = [
+    room = dx.min_blocks * compute_units(p.target) - block_count(s, dx)
+    adding, adders, adding_shared = add_partials(s, threads, room)
+    return (
         Launch(
             kernel=f"{SOURCE}:groupnorm_bwd_sums",
             inputs=("x", "dy", "weight", "bias", "stats"),
@@ -359,15 +362,13 @@ def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ..
         ),
         Launch(
             kernel=f"{SOURCE}:groupnorm_bwd_dx",
-            inputs=("x", "dy", "weight", "bias", "stats", "shares"),
-            outputs=("dx",),
-            grid=_grid(block_count(s, dx)),
-            constants=(*shape, *vectors, ("JN_DX", _type(p, "dx")), ("JN_SHARES", shares)),
-            scalars=(batches,),
+            inputs=("x", "dy", "weight", "bias", "stats", "shares", "partials"),
+            outputs=("dx", "dparams"),
+            grid=_grid(block_count(s, dx) + adders),
+            constants=(*shape, *vectors, ("JN_DX", _type(p, "dx")), ("JN_SHARES", shares), *adding),
+            scalars=(batches, ("programs", "i32", s.batch * parts)),
             threads=threads,
-            shared=8 * (dx.tile // s.group) if s.last else 0,
+            shared=max(8 * (dx.tile // s.group) if s.last else 0, adding_shared),
+            overlaps=True,
         ),
-    ]
-    if dparams:
-        launches.append(reduce_launch(s, s.batch * parts))
-    return tuple(launches)
+    )

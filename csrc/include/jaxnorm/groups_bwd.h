@@ -103,6 +103,7 @@ template <class M, class X, class DY, class W, class B, bool SILU>
 JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                            u64 batches, SumsOut out) {
   const u64 block = linear_block();
+  let_next_launch_begin();
   if (block >= M::blocks(batches)) return;
   const M map(block, thread_id());
   Step<M, X> xs, xs_ahead;
@@ -221,6 +222,7 @@ template <class M, class X, class DY, class W, class B, bool SILU>
 JN_DEV void group_bwd_rows(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                            u64 batches, SumsOut out) {
   const u64 block = linear_block();
+  let_next_launch_begin();
   if (block >= M::blocks(batches)) return;
   const M map(block, thread_id(), batches);
   Step<M, X> xs, xs_ahead;
@@ -280,12 +282,13 @@ JN_DEV float dx_value(float x, float g, const ChannelStats& stats, const GroupMe
   return stats.rstd * fused_multiply_add(-xh, means.along, gw - means.plain);
 }
 
-// Blocks go backwards, as in group_apply. Shared memory (channels last): 2 * GROUPS floats.
+// Blocks go backwards, as in group_apply; `before` of them do something else. Shared memory (channels last): 2 * GROUPS
+// floats.
 template <class M, class X, class DY, class W, class B, class DX, bool SILU, int SHARES>
 JN_DEV void group_bwd_dx(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
-                         const float* shares, u64 batches, char* dx) {
+                         const float* shares, u64 batches, char* dx, u32 before) {
   constexpr int V = M::V, SUB = min_of(kWave, next_power_of_2(SHARES));
-  const u64 block = linear_block();
+  const u64 block = linear_block() - before;
   if (block >= M::blocks(batches)) return;
   const M map(M::blocks(batches) - 1 - block, thread_id());
   Step<M, X> xs, xs_ahead;
@@ -300,9 +303,11 @@ JN_DEV void group_bwd_dx(const char* x, const char* dy, const char* weight, cons
   [[maybe_unused]] ChannelConstants<M, W, B, SILU> constants;
   if constexpr (M::LAST) {
     constants.load(map, weight, bias, stats);
+    wait_for_launch_before();
     unit_means<M, SHARES>(map, shares, scale, (float*)shared_memory(), means);
   } else {
     first.load(stats, map.batch, map.g * M::CG, M::C);
+    wait_for_launch_before();
     means[0] = add_shares<SHARES, SUB>(shares + map.g * (2 * SHARES), lane, scale, true);
   }
 

@@ -299,13 +299,13 @@ JN_DEV void backward_sums(const BackwardPointers<Norm>& p, float offset, u64 row
 }
 
 // result[n] = sum over p of partials[p][n], in a fixed order: SLICES threads add every SLICES-th row each, then by
-// halving.
+// halving. A block may have more threads than it needs.
 template <int N, int V, int COLUMNS, int SLICES>
-JN_DEV void add_partials(const float* partials, u32 programs, float* result) {
+JN_DEV void add_partials(const float* partials, u32 programs, float* result, u32 block = block_x()) {
   static_assert(N % V == 0 && next_power_of_2(SLICES) == SLICES, "slices");
   const u32 thread = thread_id(), lane = thread % COLUMNS, slice = thread / COLUMNS;
-  const u32 column = (block_x() * COLUMNS + lane) * V;
-  const bool has = column < u32(N);
+  const u32 column = (block * COLUMNS + lane) * V;
+  const bool has = column < u32(N) && slice < u32(SLICES);
   float sum[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) sum[i] = 0.f;
