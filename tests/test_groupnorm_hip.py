@@ -46,7 +46,8 @@ def forward(case: Case, cut: Cut | None, target: str):
     p = case.problem(FORWARD, target)
     if cut is None:
         return p, groupnorm_hip.plan(p)
-    return p, groupnorm_hip._forward_launches(groupnorm_hip._check(p), cut)
+    s = groupnorm_hip._check(p)
+    return p, groupnorm_hip._forward_launches(s, cut, groupnorm_hip._resident_apply(s, cut))
 
 
 def backward(case: Case, cut: Cut | None, target: str):
@@ -102,9 +103,10 @@ def test_backward(kernels, case, cut, target):
 def cuts(stage: str, case: Case, target: str) -> set:
     """What fixes the order of the sums, of every launch."""
     names = ("JN_PART", "JN_K", "JN_Q", "JN_LANES", "JN_SHARES", "JN_LOW") + (() if case.last else ("JN_THREADS",))
-    plan = [k for k in groupnorm_hip.plan(case.problem(stage, target)) if "reduce" not in k.kernel]
-    # dx adds up shares; beyond that its cut is free
-    wanted = lambda k: ("JN_SHARES",) if k.kernel.endswith("bwd_dx") else names  # noqa: E731
+    plan = groupnorm_hip.plan(case.problem(stage, target))
+    # these add up parts; beyond that their cuts are free
+    free = {"bwd_dx": ("JN_SHARES",), "apply": ("JN_PART", "JN_LOW")}
+    wanted = lambda k: free.get(k.kernel.split(":groupnorm_")[1], names)  # noqa: E731
     return {(k.kernel, *((n, v) for n, v in k.constants if n in wanted(k))) for k in plan}
 
 

@@ -77,11 +77,3 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
                                                                                    batches, dx, JN_ADDERS);
 }
 #endif
-
-#if defined(JN_ENTRY_groupnorm_bwd_reduce)
-// dparams[n] = sum over p of partials[p][n], in a fixed order
-JN_ENTRY JN_BOUNDS(JN_COLUMNS* JN_SLICES, 1)
-    groupnorm_bwd_reduce(const float* partials, unsigned programs, float* dparams) {
-  jaxnorm::add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, programs, dparams);
-}
-#endif

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from . import ITEMSIZE, Launch, Problem, wave_size
+from . import ITEMSIZE, Problem, wave_size
 from ._hip import Constants, _ceil, _itemsize, _round_up, _type
 
 IMAGES = ("x", "dy", "y", "dx")
@@ -166,25 +166,3 @@ def add_partials(s: Sizes, threads: int, room: int) -> tuple[Constants, int, int
     adders = min(adders, room) if room > 0 else adders
     macros = (("JN_ADDERS", adders), ("JN_ADD_V", v), ("JN_COLUMNS", columns), ("JN_SLICES", slices))
     return macros, adders, slices // 2 * columns * v * 4 if adders else 0
-
-
-def reduce_launch(s: Sizes, rows: int) -> Launch:
-    """One block for 128 bytes of columns, as for the weight gradient of rows."""
-    n = 2 * s.channels
-    v, columns, slices = largest_power_of_2_in(n, 4), 8, 32
-    return Launch(
-        kernel="groupnorm.hip:groupnorm_bwd_reduce",
-        inputs=("partials",),
-        outputs=("dparams",),
-        grid=(_ceil(n, columns * v), 1, 1),
-        constants=(
-            ("JN_LAST", s.last),
-            ("JN_N", n),
-            ("JN_V", v),
-            ("JN_COLUMNS", columns),
-            ("JN_SLICES", slices),
-        ),
-        scalars=(("programs", "i32", rows),),
-        threads=columns * slices,
-        shared=slices // 2 * columns * v * 4,
-    )
