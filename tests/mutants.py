@@ -65,7 +65,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("another backend in silence", "jaxnorm/_dispatch.py", 'if named in (None, "xla"):', "if True:", "tests/test_errors.py -k kernel_backends"),
     Mutant("dweight in float32 for every weight", API, 'out["dweight"].astype(weight.dtype)', 'out["dweight"]', NUMERICS + "test_dtypes"),
     Mutant("tail cotangent counted", REF, "f32(dy[..., : n.shape[-1]])", "f32(dy[..., : n.shape[-1]]) + 0 * f32(dy[..., -1:])", NUMERICS + "pad64"),
-    Mutant("ranks summed in another order", "jaxnorm/distributed/_collectives.py", "for p in range(1, parts.shape[0]):",
+    Mutant("ranks summed in another order", "jaxnorm/_ref/_common.py", "for p in range(1, parts.shape[0]):",
            "for p in reversed(range(1, parts.shape[0])):", "tests/test_distributed.py -k 'values and residual'"),
     Mutant("rows that no rank has are left", "jaxnorm/distributed/composite.py", "mask(residual_out, 0) if config.scatter", "residual_out if config.scatter",
            "tests/test_distributed.py -k 'values and ragged'"),

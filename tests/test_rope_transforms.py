@@ -63,7 +63,7 @@ def test_vmap_of_two_streams():
 
 @pytest.mark.parametrize("backend", ["triton", "hip"])
 def test_lowered_for_gpus_it_is_one_call(backend):
-    """From a machine without a GPU: one custom call forward, three with the backward's two; positions are not repeated."""
+    """From a machine without a GPU: one custom call forward, one backward; positions are not repeated."""
     needs.need("launcher", jn.backends()["xla"].usable and _launcher(), "the launcher was not built")
     platform, name = ("rocm", "gfx942") if backend == "triton" else ("cuda", "sm_90")
     if backend == "triton":
@@ -83,7 +83,7 @@ def test_lowered_for_gpus_it_is_one_call(backend):
     with jn.use_target({platform: name}):
         lower = lambda f: jax.jit(f).trace(a).lower(lowering_platforms=(platform,)).as_text()  # noqa: E731
         assert hlo.launches(lower(functools.partial(case.call, backend=backend))) == 1
-        assert hlo.launches(lower(both)) == 3
+        assert hlo.launches(lower(both)) == 2
         (choice,) = jn.explain(functools.partial(case.call, backend=backend), a)
     assert choice.backend == backend and "qk_norm_rope" in choice.kernel
 
