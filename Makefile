@@ -9,6 +9,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pip reads its "no" options the other way round: 0 asks for no bytecode, here and where it builds. Python writes what it imports.
+export PIP_NO_COMPILE := 0
 
 ifdef PYTHON
 VENV ?= .venv-$(if $(GPU),$(GPU)-)$(notdir $(PYTHON))
@@ -73,10 +75,15 @@ $(VENV)/.minilm: $(VENV)/.package
 	@touch $@
 
 .PHONY: venv
-venv: $(PACKAGE) $(TOOLS) ## the environment with everything the tests need
+venv: ## the environment with everything the tests need
+	@$(MAKE) -s -j2 $(PACKAGE) $(filter %.clang,$(TOOLS)) $(DOCS)/.docs  # three folders: side by side
+	@$(MAKE) -s installed
+
+.PHONY: installed
+installed: $(PACKAGE) $(TOOLS)
 
 .PHONY: test
-test: $(PACKAGE) $(TOOLS) ## everything that needs no GPU; what CI runs
+test: venv ## everything that needs no GPU; what CI runs
 	@echo "== tests"
 	@JAXNORM_REQUIRE=$(REQUIRE) $(PYTEST) -n $(WORKERS) --dist worksteal --durations=15 \
 	  -m "not gpu and not multigpu and not slow" $(ARGS)
