@@ -77,6 +77,8 @@ def recording() -> Iterator[Choices]:
 def _choice(call: Any, p: Any, chosen: _dispatch.Chosen) -> Choice:
     kernels = ", ".join(launch.kernel for launch in chosen.plan) or "jnp"
     config = ", ".join(_config(launch) for launch in chosen.plan) or f"rows={p.rows} N={p.features}"
+    if (parts := dict(p.options).get("parts", 1)) != 1:
+        config = f"adds up the partial sums of {parts} ranks, {config}"
     return Choice(_name(call), chosen.backend, kernels, config, chosen.reason, chosen.rejected)
 
 
