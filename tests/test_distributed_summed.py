@@ -21,7 +21,7 @@ from jaxnorm.kernels.configs import Launch, Problem, quant_hip, rmsnorm_hip
 import jaxnorm
 from jaxnorm import QuantSpec, _explain, _launch, _native
 from jaxnorm._compile import hip
-from jaxnorm.distributed import summed
+from jaxnorm.distributed import schedule, summed
 from jaxnorm.distributed._config import Config
 
 BF16, F16, F32 = cases.FLOATS
@@ -54,9 +54,12 @@ class Case:
         }
         return {k: v for k, v in found.items() if v is not None}
 
+    def config(self) -> Config:
+        return Config("reduce_scatter_rmsnorm_quant_all_gather", "tp", self.ranks, self.rows, self.features, self.x, self.spec,
+                      self.norm, 1e-6, 0.0, self.cast, True, True, "exact", 30.0)  # fmt: skip
+
     def problem(self, arrays: dict[str, np.ndarray]) -> Problem:
-        config = Config("reduce_scatter_rmsnorm_quant_all_gather", "tp", self.ranks, self.rows, self.features, self.x, self.spec,
-                        self.norm, 1e-6, 0.0, self.cast, True, True, "exact", 30.0)  # fmt: skip
+        config = self.config()
         avals = {k: jax.ShapeDtypeStruct(a.shape, a.dtype) for k, a in arrays.items()}
         return _launch.problem(summed.stage_call(config, avals, self.spec), list(avals.values()), self.target)
 
@@ -169,7 +172,21 @@ def test_who_adds_up() -> None:
     assert dims() == ["... n"]
     with jaxnorm.use_target({"cuda": "sm_90"}):
         assert dims() == ["w ... n"]
+        assert f"adds up the partial sums of {call.ranks} ranks" in jaxnorm.explain(f, avals)[1].config
         with jaxnorm.use_backend("triton"):
             assert dims() == ["... n"]
         with summed.apart():
             assert dims() == ["... n"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rows", "exact", "native"),
+    [(2, 512, True, True), (2, 1024, False, True), (2, 8192, False, False), (4, 64, True, True), (4, 128, False, True),
+     (4, 1024, False, False), (8, 4, True, True), (8, 128, False, False)],
+)  # fmt: skip
+def test_who_gathers(ranks: int, rows: int, exact: bool, native: bool) -> None:
+    """Few rows of partials are gathered, and all-reduced up to other sizes, as measured on two and four GPUs."""
+    config = Case(ranks, rows, 8192, FP8).config()
+    with jaxnorm.use_target({"cuda": "sm_90"}):
+        assert schedule.few_rows(config) is exact
+        assert schedule.few_rows(replace(config, reduce="native")) is native

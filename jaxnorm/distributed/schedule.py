@@ -13,11 +13,18 @@ from ._config import Config
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-# Partials that a rank receives, up to which one all_gather of them takes the place of an exchange and one or two gathers. H200s,
-# N = 8192: 2 MB (two ranks, 128 rows) 36 us against 39, 6 MB (four) 53 against 56; 17 MB (two, 1024 rows) 123 against 107. The CPU
-# has nothing to save but the copies.
-FEW_BYTES = {"cuda": 8 << 20, "rocm": 512 << 10, "cpu": 0}
+# Partials that a rank receives, up to which one all_gather of them takes the place of an exchange and one or two gathers; by
+# numbers of ranks, else OTHERS. H200s, N = 8192 (benchmarks/results/h200/sweeps/0513-composite.json), gather (timed twice) against
+# exchange: two ranks 59 and 64 us against 65 at 8 MB, 107 against 101 at 17 MB; four ranks 42 and 48 against 48 at 3 MB, 51 and 50
+# against 44 at 6 MB (N = 7168: 46 to 49 against 45 and 51, in two runs). Nothing else was measured; the CPU has nothing to
+# save but the copies.
+FEW_BYTES = {"cuda": {2: 8 << 20, 4: 4 << 20}, "rocm": {}, "cpu": {}}
+OTHERS = {"cuda": 4 << 20, "rocm": 512 << 10, "cpu": 0}
 
+# ``reduce="native"``: bytes of a rank's partial sums up to which all ranks norm all rows of an all-reduce, instead of their own of
+# a reduce-scatter. H200s (same file), all-reduce against scatter: two ranks 101 us against 103 at 17 MB, 581 against 504 at 134 MB;
+# four ranks 74 against 84 at 8 MB, 118 against 114 at 17 MB. Without a figure: as for the partials.
+NATIVE_BYTES = {"cuda": {2: 16 << 20, 4: 8 << 20}, "rocm": {}, "cpu": {}}
 
 # Bytes of a rank's partial sums up to which the fused kernel sends them to everyone (one exchange) instead of to their owners
 # (two). H200s (benchmarks/results/h200/distributed.json), one shot against two: two ranks 9 us against 13 at 256 KB, 14.9 against
@@ -43,11 +50,18 @@ def forced() -> tuple[str | None, bool | None, tuple[tuple[str, int], ...]]:
 
 
 def few_rows(config: Config) -> bool:
-    """Composite: gather the partials instead of exchanging row blocks. Fewer rows than ranks always are few."""
+    """Composite: all ranks do all rows, of a gather of the partials (``native``: an all-reduce), instead of exchanging blocks.
+
+    Fewer rows than ranks always are few.
+    """
     if (few := forced()[1]) is not None:
         return few
-    received = (config.ranks - 1) * config.rows * config.features * ITEMSIZE[config.dtype]
-    return config.rows < config.ranks or received <= FEW_BYTES.get(platform(), 0)
+    mine, where = config.rows * config.features * ITEMSIZE[config.dtype], platform()
+    if config.rows < config.ranks:
+        return True
+    if config.reduce == "native" and config.ranks in NATIVE_BYTES[where]:
+        return mine <= NATIVE_BYTES[where][config.ranks]
+    return (config.ranks - 1) * mine <= FEW_BYTES[where].get(config.ranks, OTHERS[where])
 
 
 def shots(config: Config, replicated: bool) -> str:
