@@ -34,10 +34,12 @@ from .sweep import compile_all
 
 FORMAT = "jaxnorm-groupnorm-bench/1"
 GROUPS, EPS = 32, 1e-5
-# A small, a middle and a large image first, then the rest of Stable Diffusion's UNet and VAE.
+# A small, a middle and a large image first; then what moves more than 64 MiB, batches of Stable Diffusion's UNet and its VAE; then
+# the rest.
+LARGE = "8x64x64x640,4x128x128x320,1x512x512x128,1x256x256x512,16x64x64x320,2x256x256x256,1x512x512x256,1x1024x1024x128"
 CELLS = (
-    "2x64x64x320,2x32x32x640,2x16x16x1280,8x64x64x320,2x128x128x512,1x1024x1024x128,"
-    "2x8x8x1280,2x16x16x1920,2x8x8x2560,2x32x32x960,1x512x512x128,1x256x256x256"
+    f"2x64x64x320,2x128x128x512,2x32x32x640,{LARGE},2x16x16x1280,8x64x64x320,"
+    "2x8x8x1280,2x16x16x1920,2x8x8x2560,2x32x32x960,1x256x256x256"
 )
 OPS = ("fwd", "silu", "bwd", "silu-bwd")
 Call = Callable[..., Any]
