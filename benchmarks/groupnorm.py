@@ -200,7 +200,7 @@ def problem(op: str, cell: str, last: bool) -> Problem:
     if back:
         buffers += [("bias", c, bf16)] if silu else []
         buffers += [("stats", (shape[0], 3, channels), f32), ("dy", shape, bf16), ("dx", shape, bf16)]
-        buffers += [("dparams", (2, channels), f32)]
+        buffers += [("dweight", c, bf16), ("dbias", c, bf16)]
     else:
         buffers += [("bias", c, bf16), ("y", shape, bf16)]
     size = channels // GROUPS
@@ -243,7 +243,7 @@ def sweep(timer: timing.Timer, op: str, cell: str, last: bool, backend: str) -> 
         for i in inputs:
             leaves = saved(i["x"], i["weight"], i["bias"])
             i["stats"] = next(a for a in leaves if a.shape == (shape[0], 3, channels))
-    names = [n for n, _ in p.dtypes if n not in ("y", "dx", "dparams")]
+    names = [n for n, _ in p.dtypes if n not in ("y", "dx", "dweight", "dbias")]
     runs, distances = [], {}
     errors = {str(k): e for k, e in compile_all(backend, p, plans, min(16, os.cpu_count() or 1)).items()}
     for k, plan in enumerate(plans):

@@ -89,23 +89,21 @@ def _batch_first(call: StageCall, name: str, result: jax.Array) -> jax.Array:
 
 
 def _sharded(call: StageCall, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    local = functools.partial(_local, call)
     if any(d == 0 for a in operands for d in a.shape):
         return call.compute(operands)
     if _compat.explicit_mesh(jax.typeof(operands[0])) is not None:  # also what a partly manual mesh leaves Explicit
-        return _sharding.by_type(call, local, operands)
+        return _sharding.by_type(call, _local, operands)
     if _compat.manual_axes():  # custom_partitioning cannot split what a partly manual mesh leaves Auto: it is gathered
-        return local(*operands)
+        return _local(call, *operands)
     return tuple(_partitioned(call, len(call.lead(operands[0].shape)))(*operands))
 
 
 @functools.cache
 def _partitioned(call: StageCall, leading: int) -> Callable[..., Any]:
-    local = functools.partial(_local, call)
     rule, replicated, factors = _sharding.rule(call, leading)
-    f = custom_partitioning(lambda *operands: local(*operands))
+    f = custom_partitioning(lambda *operands: _local(call, *operands))
     f.def_partition(
-        partition=_sharding.partition(call, local),
+        partition=_sharding.partition(call, _local),
         infer_sharding_from_operands=_sharding.infer(call),
         sharding_rule=rule,
         need_replication_factors=replicated,

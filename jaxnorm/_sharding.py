@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from .errors import value_error
 
 Entry = Any  # an entry of a PartitionSpec: None, an axis, or a tuple of axes
 Local = Callable[..., tuple[jax.Array, ...]]
+"""``(call, *operands) -> results``"""
 
 
 def rule(call: StageCall, leading: int) -> tuple[str, tuple[str, ...], dict[str, Any]]:
@@ -110,17 +111,21 @@ def _layout(call: StageCall, shardings: Sequence[Any], shapes: Sequence[tuple[in
     return _Layout(lead, named)
 
 
-def _shard_function(call: StageCall, local: Local, layout: _Layout) -> Local:
+def _shard_function(call: StageCall, local: Local, layout: _Layout) -> Callable[..., tuple[jax.Array, ...]]:
     """What one shard runs: the kernel on whole rows, or the reference on parts of rows; then the psum of the sums."""
     feature_axes = layout.axes(" ".join(call.feature_dims))
     summed = {name: layout.axes(dims) for name, dims in call.sums}
+    # sums of shards stay in float32 until they are added up, whatever the dtype of the result
+    wide = replace(
+        call, results=tuple((name, dims, "float32" if summed.get(name) else t) for name, dims, t in call.results)
+    )
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
         operands = tuple(_compat.match_varying(operands))
-        out = call.on_shard(operands).compute(operands, feature_axes) if feature_axes else local(*operands)
+        out = wide.on_shard(operands).compute(operands, feature_axes) if feature_axes else local(wide, *operands)
         return tuple(
-            jax.lax.psum(o, summed[name]) if summed.get(name) else o
-            for o, (name, _, _) in zip(out, call.results, strict=True)
+            jax.lax.psum(o, summed[name]).astype(dtype) if summed.get(name) else o
+            for o, (name, _, dtype) in zip(out, call.results, strict=True)
         )
 
     return run

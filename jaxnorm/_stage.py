@@ -76,7 +76,7 @@ class StageCall:
     """Who named it."""
     targets: tuple[tuple[str, str], ...] = ()
     sums: tuple[tuple[str, str], ...] = ()
-    """(result, dims): float32 sums over these dims (``...`` = the rows), added up over the mesh axes that shard them."""
+    """(result, dims): sums over these dims (``...`` = the rows), added up in float32 over the mesh axes that shard them."""
     feature_dims: tuple[str, ...] = ("n",)
     """Named dims that may be sharded at the price of a sum of statistics. One that no operand has (groups) follows the first."""
     group: int = 1

@@ -382,3 +382,33 @@ def groupnorm_bwd_dx(
         gw = _through_activation(dy, xh, w, b, SILU) * w
         dx = rstd * ((gw - plain) - xh * along)
         tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def groupnorm_bwd_reduce(
+    partial_ptr,  # [PROGRAMS, 2, C] float32
+    PROGRAMS,
+    dweight_ptr,  # [C]
+    dbias_ptr,  # [C]
+    C: tl.constexpr,
+    HAS_DWEIGHT: tl.constexpr,
+    HAS_DBIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Column sums of the partial sums, in an order that PROGRAMS alone decides. A program owns BLOCK channels of one of the two."""
+    which = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, PROGRAMS, ROWS):
+        at = (start + rows).to(tl.int64) * (2 * C) + which * C + cols
+        sums += tl.load(partial_ptr + at, mask=(start + rows < PROGRAMS) & (cols < C), other=0.0)
+    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(sums, axis=0)
+    if which == 0:
+        if HAS_DWEIGHT:
+            tl.store(dweight_ptr + out, total.to(dweight_ptr.dtype.element_ty), mask=out < C)
+    else:
+        if HAS_DBIAS:
+            tl.store(dbias_ptr + out, total.to(dbias_ptr.dtype.element_ty), mask=out < C)

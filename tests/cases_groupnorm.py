@@ -73,7 +73,7 @@ class Case:
     def forward(self, arrays: tuple[Any, ...]) -> oracle.GroupNorm:
         return oracle.forward(*arrays, **self.options)
 
-    def problem(self, stage: str, target: str = "sm_90", *, stats: bool = True, dparams: bool = True) -> Problem:
+    def problem(self, stage: str, target: str = "sm_90", *, stats: bool = True, vectors: bool = True) -> Problem:
         """``groupnorm_fwd`` or ``groupnorm_bwd`` as a kernel's plan sees it."""
         c, image, forward = self.channels, self.shape, stage == "groupnorm_fwd"
         saved, size = ((self.batch, 3, c), F32), c // self.groups
@@ -82,9 +82,8 @@ class Case:
         if forward:
             buffers |= {"y": (image, self.out_dtype), **({"stats": saved} if stats else {})}
         else:
-            there = dparams and (self.weight or self.bias)
             buffers |= {"stats": saved, "dy": (image, self.out_dtype), "dx": (image, self.x)}
-            buffers |= {"dparams": ((2, c), F32)} if there else {}
+            buffers |= {"dweight": ((c,), self.weight), "dbias": ((c,), self.bias)} if vectors else {}
         kept = {n: (s, d) for n, (s, d) in buffers.items() if d is not None}
         options: dict[str, object] = {"group_channels": size, "count": size * int(np.prod(self.spatial))}
         options |= {"last": self.last or not self.spatial, "silu": self.silu} | ({"eps": self.eps} if forward else {})

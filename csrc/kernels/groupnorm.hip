@@ -50,7 +50,7 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     groupnorm_bwd_sums(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                        unsigned long long batches, float* partials, float* shares) {
   using namespace jaxnorm;
-  const SumsOut out{JN_HAS_DPARAMS ? partials : nullptr, shares};
+  const SumsOut out{JN_HAS_PARTIALS ? partials : nullptr, shares};
 #if JN_LAST
   group_bwd_sums<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_SILU>(x, dy, weight, bias, stats, batches, out);
 #else
@@ -61,16 +61,18 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_groupnorm_bwd_dx)
-// dx from x, dy, stats and shares; and by the first JN_ADDERS blocks dparams from partials, in a fixed order
+// dx from x, dy, stats and shares; and by the first JN_ADDERS blocks dweight and dbias [C] from partials, in a fixed
+// order
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     groupnorm_bwd_dx(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                      const float* shares, const float* partials, unsigned long long batches, unsigned programs,
-                     char* dx, float* dparams) {
+                     char* dx, char* dweight, char* dbias) {
   using namespace jaxnorm;
+  using Gradients = VectorGradients<JN_C, JN_ADD_V, JN_DWEIGHT, JN_DBIAS>;
   if (linear_block() < JN_ADDERS) {
     wait_for_launch_before();
     for (u32 columns = block_x(); columns * (JN_COLUMNS * JN_ADD_V) < 2 * JN_C; columns += JN_ADDERS)
-      add_partials<2 * JN_C, JN_ADD_V, JN_COLUMNS, JN_SLICES>(partials, programs, dparams, columns);
+      add_partials<2 * JN_C, JN_ADD_V, JN_COLUMNS, JN_SLICES>(partials, programs, columns, Gradients{dweight, dbias});
     return;
   }
   group_bwd_dx<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_SHARES>(x, dy, weight, bias, stats, shares,

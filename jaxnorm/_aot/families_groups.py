@@ -191,9 +191,18 @@ def backward_dx(c: Case) -> None:
     along, plain = means[:, 0, None], means[:, 1, None]
     dx = im.rstd[:, None] * (g * im.weight - plain - im.xh * along)
     c.expect("dx", im.image(dx, "dx"), compare=_close(dx, c.problem.dtype("dx")))
-    if c.writes("dparams"):  # hip: the sums of random parts
-        partial = c.given("partials", c.g.standard_normal(c.shape("partials")))
-        c.expect("dparams", partial.sum(0), compare=_sum_bound(partial))
+    if c.writes("dweight") or c.writes("dbias"):  # hip
+        vectors(c)
+
+
+def vectors(c: Case) -> None:
+    """dweight and dbias: the sums of random parts."""
+    partial = c.given("partials", c.g.standard_normal(c.shape("partials")))
+    partial = partial.reshape(-1, 2, partial.shape[-1])
+    for i, name in enumerate(("dweight", "dbias")):
+        if c.writes(name):
+            bound = _sum_bound(partial[:, i])
+            c.expect(name, partial[:, i].sum(0), compare=bound | {"rtol": 1e-5 + UNIT[c.problem.dtype(name)]})
 
 
 def _planned(fill: Any) -> Kernel:
@@ -205,5 +214,5 @@ KERNELS: dict[str, Kernel] = {
         ("fwd", forward), ("partials", partials), ("apply", forward), ("bwd_sums", backward_sums), ("bwd_dx", backward_dx))},
     **{f"groupnorm:groupnorm_{n}": _planned(f) for n, f in (
         ("fwd", forward), ("partials", partials), ("combine", combine), ("apply", forward), ("bwd_sums", backward_sums),
-        ("bwd_combine", backward_combine), ("bwd_dx", backward_dx))},
+        ("bwd_combine", backward_combine), ("bwd_dx", backward_dx), ("bwd_reduce", vectors))},
 }  # fmt: skip

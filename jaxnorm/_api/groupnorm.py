@@ -18,6 +18,7 @@ from ..errors import type_error, value_error
 from . import _checks as check
 
 ACTIVATIONS = (None, "silu")
+VECTORS = ("dweight", "dbias")
 STATS = 3
 """Rows of the saved statistics: m0, e and rstd of each channel's group (see the reference)."""
 
@@ -49,7 +50,7 @@ def _backward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Ar
         a["dy"],
         layout=_layout(call),
         silu=call.option("silu"),
-        dx_dtype=next(d for n, _, d in call.results if n == "dx"),
+        dtypes={n: d for n, _, d in call.results},
         axes=axes,
     )
 
@@ -93,7 +94,6 @@ class _Config:
         names = {d for _, dims, _ in results for d in dims.split()}
         sizes = [("c", self.channels), *zip(self.space, self.spatial, strict=True)]
         sizes += [("u", STATS)] if "stats" in arrays or "u" in names else []
-        sizes += [("p", 2)] if "p" in names else []
         shared = {
             "group_channels": self.group_channels,
             "count": self.group_channels * math.prod(self.spatial),
@@ -110,7 +110,7 @@ class _Config:
             backend=self.backend,
             backend_source=self.backend_source,
             targets=self.targets,
-            sums=tuple((n, " ".join(("...", *self.space))) for n, _, _ in results if n == "dparams"),
+            sums=tuple((n, " ".join(("...", *self.space))) for n, _, _ in results if n in VECTORS),
             feature_dims=self.space,
             parallel_dims=(("c", self.group_channels),),
         )
@@ -132,12 +132,9 @@ def _backward(config: _Config, saved: Any, dy: jax.Array) -> tuple[Any, Any, Any
     arrays = {"x": x, "weight": weight, "bias": used, "stats": stats, "dy": dy}
     arrays = {k: v for k, v in arrays.items() if v is not None}
     results = [("dx", config.dims["x"], config.x_dtype)]
-    if weight is not None or bias is not None:
-        results.append(("dparams", "p c", "float32"))
+    results += [(n, "c", a.dtype.name) for n, a in zip(VECTORS, (weight, bias), strict=True) if a is not None]
     out = _op.run(config.call(BACKWARD, arrays, results), tuple(arrays.values()))
-    dweight = None if weight is None else out["dparams"][0].astype(weight.dtype)
-    dbias = None if bias is None else out["dparams"][1].astype(bias.dtype)
-    return out["dx"], dweight, dbias
+    return out["dx"], out.get("dweight"), out.get("dbias")
 
 
 @functools.cache

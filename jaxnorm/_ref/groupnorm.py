@@ -104,13 +104,13 @@ def backward(
     *,
     layout: Layout,
     silu: bool,
-    dx_dtype: str,
+    dtypes: dict[str, str],
     axes: Axes = (),
 ) -> dict[str, jax.Array]:
     """``gw = g * w;  dx = rstd * (gw - xh * mean(gw * xh) - mean(gw))``; roundings count as identity.
 
-    With SiLU ``g = dy * sg * (1 + v * (1 - sg))``, ``sg = sigmoid(v)``. ``dparams`` [2, C] is ``sum(g * xh)`` and ``sum(g)`` over
-    the leading and spatial dims.
+    With SiLU ``g = dy * sg * (1 + v * (1 - sg))``, ``sg = sigmoid(v)``. ``dweight`` and ``dbias`` [C] are ``sum(g * xh)`` and
+    ``sum(g)`` over the leading and spatial dims. ``dtypes`` names the results wanted.
     """
     center, e, rstd = (layout.channels(stats[..., i, :]) for i in range(3))
     xh = ((f32(layout.split(x)) - center) - e) * rstd
@@ -123,5 +123,5 @@ def backward(
     along, plain = layout.mean(gw * xh, gw, axes=axes)
     dx = rstd * ((gw - plain) - xh * along)
     rows = (*range(g.ndim - 3), g.ndim - 2 if layout.last else g.ndim - 1)  # all but group and channel of the group
-    dparams = jnp.stack([jnp.sum(t, axis=rows).reshape(-1) for t in (g * xh, g)])
-    return {"dx": layout.join(dx.astype(dx_dtype), x.shape), "dparams": dparams}
+    sums = {n: jnp.sum(t, axis=rows).reshape(-1) for n, t in (("dweight", g * xh), ("dbias", g)) if n in dtypes}
+    return {n: a.astype(dtypes[n]) for n, a in {"dx": layout.join(dx, x.shape), **sums}.items()}

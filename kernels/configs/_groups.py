@@ -157,12 +157,16 @@ def vector_types(s: Sizes) -> Constants:
     )
 
 
+def has_vectors(s: Sizes) -> bool:
+    return s.problem.has("dweight") or s.problem.has("dbias")
+
+
 def add_partials(s: Sizes, threads: int, room: int) -> tuple[Constants, int, int]:
-    """The blocks of dx's launch that add up dparams: their macros, number and shared memory. They are first, and few of them where
-    there is ``room`` for some beside the others; the order of the sum depends neither on them nor on their threads."""
+    """The blocks of dx's launch that add up dweight and dbias: their macros, number and shared memory. They are first, and few of
+    them where there is ``room`` for some beside the others; the order of the sum depends neither on them nor on their threads."""
     n, slices = 2 * s.channels, 32
-    v, columns = largest_power_of_2_in(n, 4), min(8, power_of_2_below(threads / slices))
-    adders = _ceil(n, columns * v) if s.problem.has("dparams") else 0
+    v, columns = largest_power_of_2_in(s.channels, 4), min(8, power_of_2_below(threads / slices))
+    adders = _ceil(n, columns * v) if has_vectors(s) else 0
     adders = min(adders, room) if room > 0 else adders
     macros = (("JN_ADDERS", adders), ("JN_ADD_V", v), ("JN_COLUMNS", columns), ("JN_SLICES", slices))
     return macros, adders, slices // 2 * columns * v * 4 if adders else 0

@@ -20,6 +20,7 @@ from ._groups import (
     Sizes,
     add_partials,
     block_count,
+    has_vectors,
     largest_factor,
     map_macros,
     part_count,
@@ -364,7 +365,6 @@ def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ..
     p = s.problem
     (shape, threads), batches = map_macros(s, dx), ("batches", "i64", s.batch)
     vectors = (*vector_types(s), ("JN_DY", _type(p, "dy")))
-    dparams = p.has("dparams")
     if isinstance(sums, Lines):
         parts = _ceil(s.space // s.v, sums.part)
         lanes = {"JN_K": sums.k, "JN_PART": sums.part, "JN_THREADS": sums.lanes * sums.lines, "JN_MIN_BLOCKS": 1}
@@ -385,21 +385,27 @@ def _backward_launches(s: Sizes, sums: Cut | Lines, dx: Cut) -> tuple[Launch, ..
             inputs=("x", "dy", "weight", "bias", "stats"),
             outputs=("partials", "shares"),
             grid=_grid(blocks),
-            constants=(*constants, *vectors, ("JN_HAS_DPARAMS", dparams)),
+            constants=(*constants, *vectors, ("JN_HAS_PARTIALS", has_vectors(s))),
             scalars=(batches,),
             threads=sum_threads,
             shared=shared,
             temps=(
-                *((("partials", (s.batch * parts, 2, s.channels), "float32"),) if dparams else ()),
+                *((("partials", (s.batch * parts, 2, s.channels), "float32"),) if has_vectors(s) else ()),
                 ("shares", (s.batch * s.groups, 2, shares), "float32"),
             ),
         ),
         Launch(
             kernel=f"{SOURCE}:groupnorm_bwd_dx",
             inputs=("x", "dy", "weight", "bias", "stats", "shares", "partials"),
-            outputs=("dx", "dparams"),
+            outputs=("dx", "dweight", "dbias"),
             grid=_grid(block_count(s, dx) + adders),
-            constants=(*shape, *vectors, ("JN_DX", _type(p, "dx")), ("JN_SHARES", shares), *adding),
+            constants=(
+                *shape,
+                *vectors,
+                *((f"JN_{n.upper()}", _type(p, n)) for n in ("dx", "dweight", "dbias")),
+                ("JN_SHARES", shares),
+                *adding,
+            ),
             scalars=(batches, ("programs", "i32", s.batch * parts)),
             threads=threads,
             shared=max(8 * (dx.tile // s.group) if s.last else 0, adding_shared),

@@ -18,6 +18,7 @@ MAX_ELEMENTS = 1 << 31  # of an example: offsets inside a tile and counts of pos
 # Padded elements of a group that one program holds: 32 float32 registers a thread of 512.
 ON_CHIP = 16384
 MAX_PARTS = 256
+VECTORS = ("dweight", "dbias")
 COMBINED = 65536  # padded statistics of parts that one program puts together
 
 Constants = tuple[tuple[str, object], ...]
@@ -260,18 +261,24 @@ def _backward(s: _Sizes, t: Tile) -> tuple[Launch, ...]:
             temps=means,  # said here, too: scratch of another dtype than the first input
         ),
     )
-    return (*launches, _reduce(s, s.batch * parts)) if p.has("dparams") else launches
+    return (*launches, _reduce(s, s.batch * parts)) if any(map(p.has, VECTORS)) else launches
 
 
 def _reduce(s: _Sizes, rows: int) -> Launch:
-    """dparams: the column sums of all parts, by the kernel that adds up the weight gradient of rows."""
-    each, block = min(max(next_power_of_2(rows), 16), 512), 16
+    """dweight and dbias: the column sums of all parts."""
+    p, each, block = s.problem, min(max(next_power_of_2(rows), 16), 512), 16
     return Launch(
-        kernel="rmsnorm:rmsnorm_bwd_reduce",
+        kernel="groupnorm:groupnorm_bwd_reduce",
         inputs=("partials",),
         scalars=(("PROGRAMS", "i32", rows),),
-        outputs=("dparams",),
-        grid=(-(-2 * s.channels // block), 1, 1),
-        constants=(("N", 2 * s.channels), ("ROWS", each), ("BLOCK", block)),
+        outputs=VECTORS,
+        grid=(-(-s.channels // block), 2, 1),
+        constants=(
+            ("C", s.channels),
+            ("HAS_DWEIGHT", p.has("dweight")),
+            ("HAS_DBIAS", p.has("dbias")),
+            ("ROWS", each),
+            ("BLOCK", block),
+        ),
         num_warps=min(256, max(64, each * block // 16)) // wave_size(s.problem.target),
     )

@@ -298,10 +298,10 @@ JN_DEV void backward_sums(const BackwardPointers<Norm>& p, float offset, u64 row
   }
 }
 
-// result[n] = sum over p of partials[p][n], in a fixed order: SLICES threads add every SLICES-th row each, then by
-// halving. A block may have more threads than it needs.
-template <int N, int V, int COLUMNS, int SLICES>
-JN_DEV void add_partials(const float* partials, u32 programs, float* result, u32 block = block_x()) {
+// store(n, the V sums over p of partials[p][n ...]), in a fixed order: SLICES threads add every SLICES-th row each,
+// then by halving. A block may have more threads than it needs.
+template <int N, int V, int COLUMNS, int SLICES, class Store>
+JN_DEV void add_partials(const float* partials, u32 programs, u32 block, Store store) {
   static_assert(N % V == 0 && next_power_of_2(SLICES) == SLICES, "slices");
   const u32 thread = thread_id(), lane = thread % COLUMNS, slice = thread / COLUMNS;
   const u32 column = (block * COLUMNS + lane) * V;
@@ -333,7 +333,13 @@ JN_DEV void add_partials(const float* partials, u32 programs, float* result, u32
       for (int i = 0; i < V; ++i) sum[i] += at[i];
     }
   }
-  if (slice == 0 && has) store_bits((char*)(result + column), narrow<F32, V>(sum));
+  if (slice == 0 && has) store(column, sum);
+}
+template <int N, int V, int COLUMNS, int SLICES>
+JN_DEV void add_partials(const float* partials, u32 programs, float* result) {
+  add_partials<N, V, COLUMNS, SLICES>(partials, programs, block_x(), [=](u32 column, const float (&sum)[V]) {
+    store_bits((char*)(result + column), narrow<F32, V>(sum));
+  });
 }
 
 }  // namespace jaxnorm
