@@ -69,7 +69,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "for p in reversed(range(1, parts.shape[0])):", "tests/test_distributed.py -k 'values and residual'"),
     Mutant("rows that no rank has are left", "jaxnorm/distributed/composite.py", "mask(residual_out, 0) if config.scatter", "residual_out if config.scatter",
            "tests/test_distributed.py -k 'values and ragged'"),
-    Mutant("one buffer for a walking row's sums", "csrc/include/jaxnorm/rows_ahead.h", "Norm::BUFFERS > 1 && !Norm::PIVOT ? 1 : 2", "Norm::BUFFERS > 1 ? 1 : 2",
+    Mutant("one buffer for a walking row's sums", "csrc/include/jaxnorm/rows_ahead.h", "Norm::ONCE ? 2 : 1", "Norm::BUFFERS > 1 ? 1 : 2",
            "tests/test_layernorm_simt.py -k ahead"),
     Mutant("another call not noticed", "csrc/include/jaxnorm/peers.h", "if (ahead == 0 && u32(seen >> 32) != signature)", "if (false)",
            "tests/test_distributed_simt.py -k another_call"),

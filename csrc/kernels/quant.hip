@@ -15,7 +15,7 @@
 #if JN_DEPTH > 0
 #define JN_QUANTISE jaxnorm::quantise_rows_ahead<JN_SHAPE, JN_SPEC, JN_DEPTH, JN_BLOCKS>
 #else
-#define JN_QUANTISE jaxnorm::quantise_rows<JN_SHAPE, JN_SPEC>
+#define JN_QUANTISE jaxnorm::quantise_rows<JN_SHAPE, JN_SPEC, JN_FOLDED>
 #endif
 #endif
 
@@ -59,7 +59,9 @@ JN_ENTRY JN_BOUNDS(JN_LANES* JN_GROUPS, JN_MIN_BLOCKS)
 #else
   const SumSource<JN_X, None, None, JN_V, false> source{x, nullptr, nullptr, nullptr, JN_N};
 #endif
-  JN_QUANTISE(source, LayerNorm<JN_N>{JN_EPS}, Weights{weight, bias, smooth, y, JN_OFFSET},
+  // Not with a residual, whose buffer other lanes may have written over by the time the pivot is read.
+  using Norm = LayerNorm<JN_N, (JN_N / JN_V > kWave) && JN_RESIDUAL::size == 0>;
+  JN_QUANTISE(source, Norm{JN_EPS}, Weights{weight, bias, smooth, y, JN_OFFSET},
               QuantStore<Shape, Spec, JN_P>{values, scale, rows, scale_rows}, static_scale, JN_BOUND);
 }
 #endif

@@ -8,7 +8,7 @@
 #if JN_DEPTH > 0
 #define JN_FORWARD(Shape) jaxnorm::forward_rows_ahead<Shape, JN_DEPTH, JN_BLOCKS>
 #else
-#define JN_FORWARD(Shape) jaxnorm::forward_rows<Shape>
+#define JN_FORWARD(Shape) jaxnorm::forward_rows<Shape, JN_FOLDED>
 #endif
 
 #if defined(JN_ENTRY_rmsnorm_fwd)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import ITEMSIZE, Problem
+from . import ITEMSIZE, Problem, wave_size
 
 # gpu.h:kGridX; AMD wants blocks * threads < 2^32 in each dimension, and a block has at most 1024 threads
 GRID_X = 1 << 21
@@ -65,9 +65,21 @@ def _family(problem: Problem) -> str:
     return problem.stage.split("_")[0]
 
 
-def _buffers(problem: Problem) -> int:
+def _pivots(problem: Problem, chunks: int) -> bool:
+    """Norm::PIVOT: whether LayerNorm's sums are about a value of the row, and are exchanged once instead of twice."""
+    return _family(problem) == "layernorm" and not problem.has("residual") and chunks > wave_size(problem.target)
+
+
+def _buffers(problem: Problem, chunks: int) -> int:
     """Norm::BUFFERS: row sums of a forward kernel that are in shared memory at a time."""
-    return 3 if _family(problem) == "layernorm" else 1
+    if _family(problem) != "layernorm":
+        return 1
+    return 2 if _pivots(problem, chunks) else 3
+
+
+def _turns(problem: Problem, chunks: int) -> int:
+    """rows_ahead.h: how many sets of these a walking block takes in turn."""
+    return 2 if _family(problem) != "layernorm" or _pivots(problem, chunks) else 1
 
 
 def vector(problem: Problem) -> int:

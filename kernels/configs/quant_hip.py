@@ -24,6 +24,7 @@ from ._hip import (
     _itemsize,
     _nvidia,
     _parts,
+    _pivots,
     _registers,
     _round_up,
     _row_registers,
@@ -156,7 +157,7 @@ def _in_plenty(problem: Problem) -> Forward | None:
     elif lanes <= 256:
         lanes = min(lanes, 128)
     if lanes == wave:
-        return replace(_one_wave(problem, 1), early=True)
+        return _walking_waves(problem) or replace(_one_wave(problem, 1), early=True)
     if not longer and (walking := _walking(problem, quarter)):
         return walking
     per = _ceil(chunks, lanes)
@@ -183,6 +184,30 @@ def _walking(problem: Problem, quarter: int) -> Ahead | None:
         grid = blocks * compute_units(problem.target)
         return replace(ahead, lanes=eighth, regs=8, min_blocks=blocks, early=True, depth=1, blocks=grid)
     return replace(ahead, depth=1)
+
+
+def _walking_waves(problem: Problem) -> Ahead | None:
+    """Blocks of one wave that walk, a row of four chunks a lane ahead of each.
+
+    *H200*, 131072x1024, share of a copy's speed, walking and not: rmsnorm_quant mxfp4 0.967 and 0.876, layernorm_quant fp8 0.800
+    and 0.728; but rmsnorm_quant fp8 0.926 and 1.008, and with groups of 128 0.944 and 0.991.
+    """
+    longer, spec = _family(problem) == "layernorm", problem.option("spec")
+    fp4 = spec.dtype == "fp4" and spec.scale_dtype == "e8m0"
+    ahead = _ahead(problem, 4) if longer or fp4 else None
+    if ahead is None or ahead.regs != 4 or (problem.has("smooth_scale") and not longer):
+        return None  # with a smooth scale the sm_90 code of RMSNorm spills
+    # Registers of a thread: 80, or 96. *H200*, mxfp4: 24 blocks 0.967 with the weights in registers or not, 20 blocks 0.953.
+    plain = _plain(problem) and spec.scale_layout != "shuffled" and not spec.dtype.endswith("fnuz")
+    blocks = 24 if plain and not longer else 20
+    grid = blocks * compute_units(problem.target)
+    return replace(ahead, groups=1, min_blocks=blocks, early=plain, depth=1, blocks=grid)
+
+
+def _plain(problem: Problem) -> bool:
+    """All bfloat16, codes and scales the only results: what takes the fewest registers."""
+    others = problem.has("y") or problem.has("smooth_scale")
+    return not others and all(problem.dtype(n) == "bfloat16" for n in FLOATS if problem.has(n))
 
 
 def _one_turn(problem: Problem) -> Forward:
@@ -279,7 +304,11 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     if v * min(_itemsize(problem, n) for n in ("x", "residual") if problem.has(n)) < 4 and wave == 32:
         shared = 0  # 2-byte pieces cannot be copied asynchronously
     early = regs * _factor_words(problem) <= 8
-    return replace(c, regs=regs, shared=shared, early=early, min_blocks=_min_blocks(problem, c.lanes, regs))
+    # *H200*, a row a unit, registers to spare and asked for three blocks: rmsnorm_quant mxfp4 1x4096 1.63 us and 1.70,
+    # add_rmsnorm_quant 16x4096 fp8-g128 1.95 and 2.02, int8 1.97 and 2.02, mxfp8 1.94 and 1.98
+    alone = problem.rows <= compute_units(problem.target)
+    blocks = 1 if alone else _min_blocks(problem, c.lanes, regs)
+    return replace(c, regs=regs, shared=shared, early=early, min_blocks=blocks)
 
 
 def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
@@ -293,7 +322,7 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
             need += 8
         else:  # H200, 8192x4096: 96 registers 1.343 of a copy's time, 128 registers 1.390. Groups, y and software codes take more.
             more = bool(_group(problem)) or problem.has("y") or problem.option("spec").dtype.endswith("fnuz")
-            need = regs * _words(problem) + 32 + 8 * more
+            need = regs * _words(problem) + 32 + 8 * more + 8 * _pivots(problem, problem.features // vector(problem))
     fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 
@@ -308,7 +337,7 @@ def _fixed_bytes(problem: Problem, lanes: int) -> int:
         entries = 0
     else:
         entries = _ceil(chunks, wave) if group else lanes // wave
-    return _buffers(problem) * _sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16
+    return _buffers(problem, chunks) * _sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16
 
 
 def _candidates(problem: Problem) -> Iterator[Forward]:
@@ -383,6 +412,7 @@ def _norm_constants(problem: Problem) -> Constants:
 def _launch(problem: Problem, c: Forward) -> Launch:
     norm = problem.stage != "quantize_fwd"
     depth, blocks = (c.depth, c.blocks) if isinstance(c, Ahead) else (0, 0)
+    grid = (blocks, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll))
     exchange = _fixed_bytes(problem, c.lanes) * (2 if depth else 1)
     waiting = (c.shared * c.lanes + depth * c.regs * c.lanes * c.groups) * _chunk_bytes(problem)
     constants: Constants = (
@@ -396,6 +426,7 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         ("JN_SHARED", c.shared),
         ("JN_MIN_BLOCKS", c.min_blocks),
         ("JN_EARLY", c.early),
+        ("JN_FOLDED", grid[1] > 1),
         ("JN_DEPTH", depth),
         ("JN_BLOCKS", blocks),
         ("JN_X", _type(problem, "x")),
@@ -406,7 +437,7 @@ def _launch(problem: Problem, c: Forward) -> Launch:
         kernel=f"{SOURCE}:{problem.stage}",
         inputs=OPERANDS[problem.stage],
         outputs=("values", "scale", "residual_out", "y") if norm else ("values", "scale"),
-        grid=(blocks, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll)),
+        grid=grid,
         constants=constants
         + _spec_constants(problem)
         + (_norm_constants(problem) if norm else ())

@@ -25,11 +25,13 @@ from ._hip import (
     _itemsize,
     _nvidia,
     _parts,
+    _pivots,
     _registers,
     _round_up,
     _row_registers,
     _stream,
     _sum_bytes,
+    _turns,
     _type,
     _width,
     vector,
@@ -131,8 +133,7 @@ def _forward(problem: Problem) -> Forward:
 
 def pivots(problem: Problem) -> bool:
     """layernorm.hip: whether a row's sums are about one of its values, and are exchanged once instead of twice."""
-    chunks = problem.features // vector(problem)
-    return _family(problem) == "layernorm" and not problem.has("residual") and chunks > wave_size(problem.target)
+    return _pivots(problem, problem.features // vector(problem))
 
 
 def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
@@ -175,7 +176,8 @@ def _row_lanes(problem: Problem, chunks: int, words: int, wave: int) -> int:
 def _room(problem: Problem, blocks: int) -> int:
     """Chunks a thread of 512 can keep on chip with ``blocks`` of them on a compute unit."""
     words = _held_words(problem, vector(problem))
-    shared = shared_memory(problem.target) // blocks - 2048 * _buffers(problem)
+    buffers = _buffers(problem, problem.features // vector(problem))
+    shared = shared_memory(problem.target) // blocks - 2048 * buffers
     return _row_registers(problem) // words + shared // (_chunk_bytes(problem) * 512)
 
 
@@ -195,7 +197,8 @@ def _with_storage(problem: Problem, c: Forward) -> Forward:
     regs = min(per, max(1, (limit if per * words <= limit else limit * 3 // 4) // words))
     blocks = 2 if c.lanes <= 512 else 1
     free = max(
-        0, shared_memory(problem.target) // blocks - 1024 - _buffers(problem) * _sum_bytes(chunks, c.lanes, wave)
+        0,
+        shared_memory(problem.target) // blocks - 1024 - _buffers(problem, chunks) * _sum_bytes(chunks, c.lanes, wave),
     )
     shared = min(per - regs, free // (_chunk_bytes(problem) * c.lanes))
     if 0 < shared == per - regs and _nvidia(problem):
@@ -227,8 +230,7 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     """
     if not _nvidia(problem):
         return 1
-    plain = all(d == "bfloat16" for n, d in problem.dtypes if n not in STATS["layernorm"])
-    need = regs * _held_words(problem, vector(problem)) + (24 if plain else 40)
+    need = regs * _held_words(problem, vector(problem)) + (24 if _plain(problem) else 40)
     if _family(problem) == "layernorm":  # two more scalars of the row, and the bias beside the weight
         # *H200*, 8192x4096: seven blocks of 128 1.079, six 1.11; with a residual five blocks of 256 hold them all the same, 1.037,
         # and 24 blocks of 64 do about a value of the row: 131072x1024 1.024, 20 blocks 1.065
@@ -239,6 +241,11 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     most = 1536 if threads == 256 else 2048  # *H200*, 8192x4096: six blocks of 256 1.03 to 1.045, eight 1.06
     fitting = [b for b in range(1, min(32, most // threads) + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
+
+
+def _plain(problem: Problem) -> bool:
+    """All bfloat16: the fewest conversions."""
+    return all(d == "bfloat16" for n, d in problem.dtypes if n not in STATS["layernorm"])
 
 
 def _walking(problem: Problem) -> Ahead | None:
@@ -262,11 +269,18 @@ def _walking(problem: Problem) -> Ahead | None:
         return None
     light = norm == "rmsnorm" and not residual
     if chunks <= 1024:
-        return _ahead(problem, _ceil(chunks, 512 if light else 256), depth=1, blocks=2, early=True)
+        # With a residual 1024x8192 two rows ahead 0.957 of a copy's speed, one 0.949.
+        depth = 2 if residual and norm == "rmsnorm" else 1
+        return _ahead(problem, _ceil(chunks, 512 if light else 256), depth=depth, blocks=2, early=True)
+    if light and _plain(problem):
+        # 1024x16384: two blocks of 512 0.951 of a copy's speed, of 256, two rows ahead, 0.941. The weights fit beside the row;
+        # float16 spills (seen in the sm_90 code).
+        found = _ahead(problem, _ceil(chunks, 512), depth=1, blocks=2, early=False)
+        return found and replace(found, early=True)
     if light:
         return _ahead(problem, _ceil(chunks, 256), depth=2, blocks=2, early=True)
     # One block of 512 with its weights in registers; the sum of two that is exchanged once a row has time for a third row.
-    return _ahead(problem, _ceil(chunks, 512), depth=3 if _buffers(problem) == 1 else 2, blocks=1, early=True)
+    return _ahead(problem, _ceil(chunks, 512), depth=3 if norm == "rmsnorm" else 2, blocks=1, early=True)
 
 
 def _ahead(problem: Problem, each: int, depth: int, blocks: int, early: bool) -> Ahead | None:
@@ -282,9 +296,8 @@ def _ahead(problem: Problem, each: int, depth: int, blocks: int, early: bool) ->
     # raw bits are unpacked for each use, which takes 16 more than the float32 of a sum
     need = per * _held_words(problem, v) + factors * early + (32 if problem.has("residual") else 48)
     need += 8 * (_family(problem) == "layernorm")
-    shared = _turns(problem) * _buffers(problem) * _sum_bytes(chunks, lanes, wave) + depth * per * lanes * _chunk_bytes(
-        problem
-    )
+    sums = _turns(problem, chunks) * _buffers(problem, chunks) * _sum_bytes(chunks, lanes, wave)
+    shared = sums + depth * per * lanes * _chunk_bytes(problem)
     if (
         blocks * lanes > 2048
         or _registers(lanes, blocks) < need
@@ -292,11 +305,6 @@ def _ahead(problem: Problem, each: int, depth: int, blocks: int, early: bool) ->
     ):
         return None
     return Ahead(lanes, regs=per, min_blocks=blocks, early=early, depth=depth, blocks=grid)
-
-
-def _turns(problem: Problem) -> int:
-    """rows_ahead.h: buffers that a walking block's sums take in turn."""
-    return 2 if _buffers(problem) == 1 or pivots(problem) else 1
 
 
 def _ahead_candidates(problem: Problem) -> Iterator[Forward]:
@@ -348,7 +356,8 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
     chunks = problem.features // v
     residual, offset = problem.has("residual"), float(problem.option("weight_offset"))
     depth, walking = (c.depth, c.blocks) if isinstance(c, Ahead) else (0, 0)
-    turns = _turns(problem) if depth else 1
+    grid = (walking, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll))
+    turns = _turns(problem, chunks) if depth else 1
     waiting = (c.shared * c.lanes + depth * c.regs * c.lanes * c.groups) * _chunk_bytes(problem)
     constants: Constants = (
         ("JN_N", problem.features),
@@ -361,6 +370,7 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         ("JN_SHARED", c.shared),
         ("JN_MIN_BLOCKS", c.min_blocks),
         ("JN_EARLY", c.early),
+        ("JN_FOLDED", grid[1] > 1),
         ("JN_DEPTH", depth),
         ("JN_BLOCKS", walking),
         ("JN_X", _type(problem, "x")),
@@ -379,11 +389,11 @@ def _forward_launch(problem: Problem, c: Forward) -> Launch:
         kernel=f"{family}.hip:{family}_fwd",
         inputs=("x", "x_bias", "residual", "weight", "bias") if family == "layernorm" else ("x", "residual", "weight"),
         outputs=("y", "residual_out", *STATS[family]),
-        grid=(walking, 1, 1) if depth else _grid(_ceil(problem.rows, c.groups * c.unroll)),
+        grid=grid,
         constants=constants + _stream(problem, "y", "residual_out"),
         scalars=(("rows", "i64", problem.rows),),
         threads=c.lanes * c.groups,
-        shared=turns * _buffers(problem) * _sum_bytes(chunks, c.lanes, wave) + waiting,
+        shared=turns * _buffers(problem, chunks) * _sum_bytes(chunks, c.lanes, wave) + waiting,
     )
 
 

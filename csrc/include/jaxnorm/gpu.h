@@ -88,7 +88,7 @@ template <int D> JN_DEV float shfl_xor(float v) { return simt::shuffle_xor(v, D)
 template <int LANES, int FROM> JN_DEV float shfl_from(float v) { return simt::shuffle_from(v, LANES, FROM); }
 JN_DEV bool any_lane(bool b) { return simt::any(b); }
 JN_DEV unsigned char* shared_memory() { return simt::shared(); }
-JN_DEV float reciprocal_sqrt(float v) { return 1.f / __builtin_sqrtf(v); }
+JN_DEV float reciprocal_sqrt(float v, float = 0.f) { return 1.f / __builtin_sqrtf(v); }
 JN_DEV float exp2_fast(float v) { return __builtin_exp2f(v); }
 JN_DEV float reciprocal_fast(float v) { return 1.f / v; }
 
@@ -105,9 +105,14 @@ JN_DEV unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
 }
-JN_DEV float reciprocal_sqrt(float v) {
+// v is NaN or at least `least`. Where that constant is a normal number, what takes subnormal ones for zero gives the
+// same bits and spares the scaling around it.
+JN_DEV float reciprocal_sqrt(float v, float least = 0.f) {
   float r;
-  asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  if (least >= 0x1p-126f)
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  else
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
 // 2^v and 1/v with an error of about one unit in the last place, subnormal results zero
@@ -202,11 +207,18 @@ template <int D> JN_DEV int lane_xor(int i) {
 template <int D> JN_DEV float shfl_xor(float v) {
   return __builtin_bit_cast(float, lane_xor<D>(__builtin_bit_cast(int, v)));
 }
+JN_DEV bool any_lane(bool b) {
+  if constexpr (kWave == 64)
+    return __builtin_amdgcn_ballot_w64(b) != 0;
+  else
+    return __builtin_amdgcn_ballot_w32(b) != 0;
+}
 JN_DEV unsigned char* shared_memory() {
   extern __attribute__((shared)) __attribute__((aligned(16))) unsigned char memory[];
   return (unsigned char*)memory;
 }
-JN_DEV float reciprocal_sqrt(float v) {  // v_rsq_f32 flushes denormals: scale them up by an even power of two
+JN_DEV float reciprocal_sqrt(float v,
+                             float = 0.f) {  // v_rsq_f32 flushes denormals: scale them up by an even power of two
   const bool tiny = v < 0x1p-120f;
   return __builtin_amdgcn_rsqf(tiny ? v * 0x1p60f : v) * (tiny ? 0x1p30f : 1.f);
 }
@@ -230,6 +242,8 @@ JN_DEV void wait_for_launch_before() {
 
 // The launcher folds more blocks than one grid dimension takes into y (AMD: blocks * threads < 2^32 in each dimension).
 constexpr u32 kGridX = 1u << 21;
-JN_DEV u64 linear_block() { return u64(block_y()) * kGridX + block_x(); }
+template <bool FOLDED = true> JN_DEV u64 linear_block() {
+  return FOLDED ? u64(block_y()) * kGridX + block_x() : u64(block_x());
+}
 
 }  // namespace jaxnorm

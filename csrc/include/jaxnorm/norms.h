@@ -4,15 +4,23 @@
 
 namespace jaxnorm {
 
-// BUFFERS: row sums that need shared memory of their own. statistics() runs `meanwhile` once all of the row came by,
-// before the barrier of its first sum. SCALES: the map is a multiplication with state.rstd, and that sum is the only
-// one, so that the barrier can serve both. PIVOT: statistics() wants Row::pivot().
+// Whether LayerNorm sums again in a loop. gfx9 would keep half of its waves (256x65536: 169 registers instead of 110).
+#if defined(JN_AMD) || (defined(JN_SIMT) && JN_WAVE == 64)
+constexpr bool kSumsInLoop = false;
+#else
+constexpr bool kSumsInLoop = true;
+#endif
+
+// BUFFERS: row sums that need shared memory of their own. ONCE: one barrier a row, between their writing and their
+// reading. statistics() runs `meanwhile` once all of the row came by, before the barrier of its first sum. SCALES: the
+// map is a multiplication with state.rstd, and that sum is the only one, so that the barrier can serve both. PIVOT:
+// statistics() wants Row::pivot().
 // save: what the backward wants, of a row; null = nothing.
 
 // n * rsqrt(mean(n * n) + eps)
 template <int N> struct RmsNorm {
   static constexpr int BUFFERS = 1;
-  static constexpr bool SCALES = true, PIVOT = false;
+  static constexpr bool ONCE = true, SCALES = true, PIVOT = false;
   float eps;
   float* saved_rstd = nullptr;
   struct State {
@@ -25,7 +33,7 @@ template <int N> struct RmsNorm {
     float sum[1];
     row.template pass<true>([](float n, float (&acc)[1]) { acc[0] = fused_multiply_add(n, n, acc[0]); }, sums, sum,
                             meanwhile);
-    return State{reciprocal_sqrt(fused_multiply_add(sum[0], 1.f / float(N), eps))};
+    return State{reciprocal_sqrt(fused_multiply_add(sum[0], 1.f / float(N), eps), eps)};
   }
   static JN_DEV float apply(const State& s, float n) { return n * s.rstd; }
   JN_DEV void save(const State& s, u64 row) const {
@@ -39,8 +47,8 @@ template <int N> struct RmsNorm {
 // Where it lies more than two deviations from the mean, and var would lose bits to e^2, the row is summed again about
 // m0 + e. (Found in float32 models: errors up to 5e-7 of the result, 2e-7 without PIVOT.)
 template <int N, bool PIVOT_ = false> struct LayerNorm {
-  static constexpr int BUFFERS = 3;
-  static constexpr bool SCALES = false, PIVOT = PIVOT_;
+  static constexpr int BUFFERS = PIVOT_ ? 2 : 3;
+  static constexpr bool ONCE = PIVOT_, SCALES = false, PIVOT = PIVOT_;
   float eps;
   float* saved_mean = nullptr;
   float* saved_shift = nullptr;
@@ -57,13 +65,7 @@ template <int N, bool PIVOT_ = false> struct LayerNorm {
     if constexpr (PIVOT) {
       static_assert(Sum::virtual_waves > 1, "the rows of a wave would part ways");
       mean = row.pivot();
-      row.template pass<true>(Deviation{mean}, sums, two, meanwhile);
-      const Moments found = moments(two);
-      if (found.shift * found.shift > 4.f * found.var) {  // the same for all threads of the row
-        mean += found.shift;
-        if constexpr (!Sum::in_wave) barrier();  // all have read the sums
-        row.template pass<false>(Deviation{mean}, sums, two);
-      }
+      sum_about_value(row, sums, two, mean, meanwhile);
     } else {
       float sum[1];
       row.template pass<true>([](float n, float (&acc)[1]) { acc[0] += n; }, sums, sum, meanwhile);
@@ -71,7 +73,7 @@ template <int N, bool PIVOT_ = false> struct LayerNorm {
       row.template pass<false>(Deviation{mean}, sums + Sum::bytes / 4, two);
     }
     const Moments found = moments(two);
-    const float rstd = reciprocal_sqrt((found.var < 0.f ? 0.f : found.var) + eps);  // a comparison keeps NaN
+    const float rstd = reciprocal_sqrt((found.var < 0.f ? 0.f : found.var) + eps, eps);  // a comparison keeps NaN
     return State{mean, found.shift, rstd, -(found.shift * rstd)};
   }
   static JN_DEV float apply(const State& s, float n) { return fused_multiply_add(n - s.mean, s.rstd, s.moved); }
@@ -83,6 +85,34 @@ template <int N, bool PIVOT_ = false> struct LayerNorm {
   }
 
  private:
+  // The sums about a value of the row, and once more about m0 + e where that is far away.
+  template <class R, class Meanwhile>
+  static JN_DEV void sum_about_value(R& row, float* sums, float (&two)[2], float& mean, Meanwhile meanwhile) {
+    using Sum = typename R::Shape::Sum;
+    if constexpr (kSumsInLoop && R::Shape::REGS == R::Shape::PER) {
+      // A loop over what is fetched again: what hardly ever runs is no second copy of the code and holds no registers.
+#pragma unroll 1
+      for (bool again = false;; again = true) {
+        row.template pass<true>(Deviation{mean}, sums, two, [&] {
+          if (!again) meanwhile();
+        });
+        const Moments found = moments(two);
+        // The same for all threads of the row, which the vote shows the compiler: it keeps exchanges of lanes plain.
+        if (again || !any_lane(found.far())) break;
+        mean += found.shift;
+        row.fetch_again();
+        if constexpr (!Sum::in_wave) barrier();  // all have read the sums
+      }
+    } else {
+      row.template pass<true>(Deviation{mean}, sums, two, meanwhile);
+      const Moments found = moments(two);
+      if (found.far()) {
+        mean += found.shift;
+        if constexpr (!Sum::in_wave) barrier();
+        row.template pass<false>(Deviation{mean}, sums, two);
+      }
+    }
+  }
   struct Deviation {
     float mean;
     JN_DEV void operator()(float n, float (&acc)[2]) const {
@@ -93,6 +123,7 @@ template <int N, bool PIVOT_ = false> struct LayerNorm {
   };
   struct Moments {
     float shift, var;  // of a constant row var may come out below zero
+    JN_DEV bool far() const { return shift * shift > 4.f * var; }
   };
   static JN_DEV Moments moments(const float (&two)[2]) {
     constexpr float each = 1.f / float(N);

@@ -17,7 +17,7 @@ template <class A> constexpr bool same<A, A> = true;
 template <int I> struct Counter {};
 
 template <class S, class Q, class Source, class Norm, class Weights, class Store> struct QuantRow {
-  using OneRow = Row<S, Source>;
+  using OneRow = Row<S, Source, Norm::PIVOT>;
   using Stashed = typename OneRow::Stashed;
   static constexpr int V = S::V, REGS = S::REGS, LANES = S::LANES, SLOTS = S::REGS + S::SHARED;
   // Chunks of a group; 0 = the row is the group. A group lies within the lanes of a slot, or it is several slots of a
@@ -256,7 +256,8 @@ template <class S, class Q, class Source, class Norm, class Weights, class Store
 
 // ---- the kernel
 
-template <class S, class Q, class Source, class Norm, class Weights, class Store>
+// FOLDED: as for forward_rows
+template <class S, class Q, bool FOLDED, class Source, class Norm, class Weights, class Store>
 JN_DEV void quantise_rows(const Source& source, const Norm& norm, Weights weights, const Store& store,
                           const float* static_scale, float bound) {
   const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
@@ -267,16 +268,21 @@ JN_DEV void quantise_rows(const Source& source, const Norm& norm, Weights weight
   constexpr int sum_bytes = Norm::BUFFERS * S::Sum::bytes;
   float* maxima = (float*)(shared_memory() + sum_bytes);
   unsigned char* stash = shared_memory() + sum_bytes + Work::bytes;
-  const u64 rows = store.rows, first = linear_block() * (S::GROUPS * S::UNROLL) + group;
+  const u64 rows = store.rows, first = linear_block<FOLDED>() * (S::GROUPS * S::UNROLL) + group;
 
   auto make = [&](int u) {
     const u64 row = first + u * S::GROUPS;
-    return OneRow{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
+    return OneRow{source, stash, row, row * S::N + lane * S::V, lane, S::TOGETHER || row < rows};
   };
   auto finish = [&](OneRow& row) { Work{row, norm, weights, store, maxima}.run(sums, static_scale, bound, [] {}); };
   OneRow a = make(0);
   if constexpr (S::UNROLL == 1) {
-    if (!S::Sum::in_wave && a.row >= rows) return;  // the whole block
+    if constexpr (FOLDED || S::GROUPS > 1) {
+      if (S::TOGETHER && a.row >= rows) {  // the whole block, or a wave of those that meet at no barrier
+        if constexpr (S::Sum::in_wave) store.pad_rows();
+        return;
+      }
+    }
     a.issue();
     weights.issue(lane);
     store.pad_rows();
@@ -329,11 +335,18 @@ JN_DEV void quantise_rows_ahead(const Source& source, const Norm& norm, Weights 
   for (int ahead = 0; ahead < DEPTH; ++ahead) fetch(begin + ahead * stride + group, ahead);
   weights.issue(lane);
   store.template pad_rows<BLOCKS>();
+  typename OneRow::Raw next;
+  if constexpr (Norm::PIVOT)
+    if (begin + group < rows) next = source.fetch((begin + group) * S::N, 0, 0);
   u32 slot = 0, buffer = 0;
 #pragma unroll 1
   for (u64 first = begin; first < rows; first += stride) {  // the same for all threads of the block
     const u64 row = first + group;
-    OneRow one{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
+    OneRow one{source, stash, row, row * S::N + lane * S::V, lane, S::GROUPS == 1 || row < rows};
+    if constexpr (Norm::PIVOT) {
+      one.first = next;
+      if (row + stride < rows) next = source.fetch((row + stride) * S::N, 0, 0);
+    }
     async_wait<DEPTH - 1>();
 #pragma unroll
     for (int k = 0; k < S::REGS; ++k) {

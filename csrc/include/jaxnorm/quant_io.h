@@ -160,7 +160,7 @@ struct Weighted {
 // Quantisation alone: y = x.
 template <class S> struct NoNorm {
   static constexpr int BUFFERS = 1;
-  static constexpr bool SCALES = false;
+  static constexpr bool SCALES = false, PIVOT = false;
   struct State {};
   template <class R> JN_DEV State statistics(R& row, float*) const {
 #pragma unroll

@@ -22,6 +22,8 @@ template <int N_, int V_, int LANES_, int GROUPS_, int UNROLL_, int REGS_, int S
 
   // Does slot k of this lane hold a chunk? Folds to true for all but the last slot.
   static JN_DEV bool has(int k, u32 lane) { return (k + 1) * LANES <= CHUNKS || k * LANES + lane < u32(CHUNKS); }
+  // Lanes of a wave never part at the end of the rows, so that nothing else need ask whether a row is there.
+  static constexpr bool TOGETHER = LANES >= kWave && UNROLL == 1;
   // Columns from a lane's chunk in slot 0 to the one in slot k: a constant once k is unrolled, so it ends up in the
   // instruction.
   static constexpr int STEP = LANES * V;
@@ -230,6 +232,13 @@ template <class S, class Source, bool PIVOT = false> struct Row {
           Stashed::fetch(source, stash + k * Stashed::footprint, lane, start, (S::REGS + k) * S::STEP);
       async_commit();
     }
+  }
+
+  // The register slots as loaded, once more.
+  JN_DEV void fetch_again() {
+#pragma unroll
+    for (int k = 0; k < S::REGS; ++k)
+      if (has(k)) raw[k] = source.fetch(start, column(), k * S::STEP);
   }
 
   // Adds up over the row what map(n, sums) adds for each n. FIRST: the pass that settles every chunk that will not be
@@ -445,22 +454,24 @@ JN_DEV void finish_row(R& row, const Norm& norm, const Epilogue& epilogue, float
   finish_row<S>(row, norm, epilogue, sums, [] {});
 }
 
-template <class S, class Source, class Norm, class Epilogue>
+// FOLDED: the blocks fill a second dimension of the grid, too, and some may find no row.
+template <class S, bool FOLDED, class Source, class Norm, class Epilogue>
 JN_DEV void forward_rows(const Source& source, const Norm& norm, Epilogue epilogue, u64 rows) {
   const u32 thread = thread_id(), lane = S::GROUPS > 1 ? thread % S::LANES : thread,
             group = S::GROUPS > 1 ? thread / S::LANES : 0;
   float* sums = (float*)shared_memory();
   unsigned char* stash = shared_memory() + Norm::BUFFERS * S::Sum::bytes;
-  const u64 first = linear_block() * (S::GROUPS * S::UNROLL) + group;
+  const u64 first = linear_block<FOLDED>() * (S::GROUPS * S::UNROLL) + group;
 
   using OneRow = Row<S, Source, Norm::PIVOT>;
   auto make = [&](int u) {
     const u64 row = first + u * S::GROUPS;
-    return OneRow{source, stash, row, row * S::N + lane * S::V, lane, S::Sum::in_wave ? row < rows : true};
+    return OneRow{source, stash, row, row * S::N + lane * S::V, lane, S::TOGETHER || row < rows};
   };
   if constexpr (S::UNROLL == 1) {
     OneRow row = make(0);
-    if (!S::Sum::in_wave && row.row >= rows) return;  // the whole block
+    if constexpr (FOLDED || S::GROUPS > 1)
+      if (S::TOGETHER && row.row >= rows) return;  // the whole block, or a wave of those that meet at no barrier
     row.issue();
     epilogue.issue(lane);
     finish_row<S>(row, norm, epilogue, sums);

@@ -16,7 +16,7 @@ JN_DEV void forward_rows_ahead(const Source& source, const Norm& norm, Epilogue 
   using OneRow = Row<S, Source, Norm::PIVOT>;
   using Stashed = typename OneRow::Stashed;
   constexpr int slot_bytes = S::REGS * Stashed::footprint, sum_bytes = Norm::BUFFERS * S::Sum::bytes;
-  constexpr int turns = Norm::BUFFERS > 1 && !Norm::PIVOT ? 1 : 2;
+  constexpr int turns = Norm::ONCE ? 2 : 1;
   const u32 lane = thread_id();
   unsigned char* stash = shared_memory() + turns * sum_bytes;
 
