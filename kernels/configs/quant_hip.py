@@ -320,9 +320,11 @@ def _min_blocks(problem: Problem, threads: int, regs: int) -> int:
         added = problem.has("residual") or problem.has("x_bias")
         if added or regs < 4 or threads > 128:
             need += 8
-        else:  # H200, 8192x4096: 96 registers 1.343 of a copy's time, 128 registers 1.390. Groups, y and software codes take more.
-            more = bool(_group(problem)) or problem.has("y") or problem.option("spec").dtype.endswith("fnuz")
-            need = regs * _words(problem) + 32 + 8 * more + 8 * _pivots(problem, problem.features // vector(problem))
+        else:  # H200, 8192x4096: 96 registers 1.343 of a copy's time, 128 registers 1.390. Groups, y and software codes take more,
+            # y beside a smooth scale the most (seen in the sm_90 code).
+            kept, software = problem.has("y"), problem.option("spec").dtype.endswith("fnuz")
+            more = 8 * (bool(_group(problem)) or kept or software) + 32 * (kept and problem.has("smooth_scale"))
+            need = regs * _words(problem) + 32 + more + 8 * _pivots(problem, problem.features // vector(problem))
     fitting = [b for b in range(1, 1536 // threads + 1) if _registers(threads, b) >= need]
     return max(fitting, default=1)
 

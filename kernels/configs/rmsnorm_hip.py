@@ -234,7 +234,8 @@ def _min_blocks(problem: Problem, threads: int, regs: int, early_words: int = 0)
     if _family(problem) == "layernorm":  # two more scalars of the row, and the bias beside the weight
         # *H200*, 8192x4096: seven blocks of 128 1.079, six 1.11; with a residual five blocks of 256 hold them all the same, 1.037,
         # and 24 blocks of 64 do about a value of the row: 131072x1024 1.024, 20 blocks 1.065
-        held = 16 if pivots(problem) and threads == 2 * wave_size(problem.target) else 8
+        short = pivots(problem) and threads == 2 * wave_size(problem.target)
+        held = 16 if short and _plain(problem) else 8
         need += 8 + (early_words - 8 if early_words > held and not problem.has("residual") else 0)
         if threads == 256 and regs > 4 and not problem.has("residual"):
             need += 8  # 8192x16384: three blocks 1.054, four 1.058

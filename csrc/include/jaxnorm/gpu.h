@@ -207,12 +207,6 @@ template <int D> JN_DEV int lane_xor(int i) {
 template <int D> JN_DEV float shfl_xor(float v) {
   return __builtin_bit_cast(float, lane_xor<D>(__builtin_bit_cast(int, v)));
 }
-JN_DEV bool any_lane(bool b) {
-  if constexpr (kWave == 64)
-    return __builtin_amdgcn_ballot_w64(b) != 0;
-  else
-    return __builtin_amdgcn_ballot_w32(b) != 0;
-}
 JN_DEV unsigned char* shared_memory() {
   extern __attribute__((shared)) __attribute__((aligned(16))) unsigned char memory[];
   return (unsigned char*)memory;
