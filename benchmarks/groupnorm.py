@@ -3,7 +3,7 @@
     python -m benchmarks.groupnorm --out DIR [--cells 2x64x64x320,...] [--layouts nhwc,nchw] [--ops fwd,silu,bwd] \\
         [--budget-seconds 120] [--sweep hip,triton]
 
-Method as in ``timing``: kernel durations from CUPTI, cold L2, medians, contestants in turns. Writes ``groupnorm.json`` after every
+Method as in ``timing``: kernel times from CUPTI, cold L2, medians, contestants in turns. Writes ``groupnorm.json`` after every
 cell. Bytes: each input read once, each output written once, vectors and statistics left out. ``--sweep`` times the candidates of
 the kernels' plans instead (``groupnorm_sweep.json``), the plan's own choice first among them.
 """

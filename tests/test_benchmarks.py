@@ -1,5 +1,6 @@
 """What of benchmarks/ needs no GPU: cells, splitting of kernel records, resume, verdicts, tables, and a run on the CPU."""
 
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -9,6 +10,8 @@ import pytest
 import jaxnorm
 from benchmarks import cells, compare, run, store, sweep, table, timing
 from benchmarks.cells import Cell
+from jaxnorm._bench import cupti
+from jaxnorm._bench.cupti import Kernel
 
 
 def test_bytes_are_each_input_and_output_once():
@@ -34,9 +37,43 @@ def test_unknown_ops_and_cells_are_named(ops, group):
 
 
 def test_records_are_split_per_call_and_the_flush_is_left_out():
-    one = [("xor", 120.0), ("norm", 2.0), ("sum", 1.0)]
-    chunks = timing.split_records(one * 3, 3, {"xor": 1})
-    assert chunks == [[("norm", 2.0), ("sum", 1.0)]] * 3
+    flush, norm, total = Kernel("xor", 120.0, 0.0), Kernel("norm", 2.0, 121.0), Kernel("sum", 1.0, 123.0)
+    assert timing.split_records([flush, norm, total] * 3, 3, {"xor": 1}) == [[norm, total]] * 3
+
+
+def test_kernels_that_overlap_count_once():
+    apart = [Kernel("a", 2.0, 10.0), Kernel("b", 3.0, 13.0)]
+    assert cupti.busy_us(apart) == 5.0
+    assert cupti.busy_us([*apart, Kernel("c", 2.0, 15.0), Kernel("d", 0.5, 10.5)]) == 6.0
+    assert cupti.busy_us([]) == 0.0
+
+
+class FakeCupti:
+    """Hands out kernel records, those of two buffers out of order; every other function succeeds."""
+
+    def __init__(self):
+        names = (b"later", 7000, 9320), (b"first", 1000, 4000), (b"second", 3500, 5000)
+        base = 1_795_000_000_000_000_000  # nanoseconds since 1970, more digits than a float has
+        kind = cupti.CONCURRENT_KERNEL
+        self.records = [cupti._Record(kind=kind, start=base + s, end=base + e, name=n) for n, s, e in names]
+        self.left = list(self.records)
+
+    def cuptiActivityGetNextRecord(self, buffer, valid, record):
+        if not self.left:
+            return 12
+        record._obj.value = ctypes.addressof(self.left.pop(0))
+        return 0
+
+    def __getattr__(self, name):
+        return lambda *arguments: 0
+
+
+def test_records_of_cupti_become_kernels_in_the_order_of_their_start(monkeypatch):
+    monkeypatch.setattr(cupti.Recorder, "_load", staticmethod(FakeCupti))
+    recorder = cupti.Recorder()
+    kernels = recorder(lambda: recorder._completed(None, 0, 0, 8, 8))
+    assert kernels == [Kernel("first", 3.0, 0.0), Kernel("second", 1.5, 2.5), Kernel("later", 2.32, 6.0)]
+    assert cupti.busy_us(kernels) == 6.32
 
 
 @pytest.mark.parametrize(
@@ -50,7 +87,7 @@ def test_records_are_split_per_call_and_the_flush_is_left_out():
 )
 def test_records_that_do_not_fit_the_calls_are_refused(records, calls, ignore, text):
     with pytest.raises(ValueError, match=text):
-        timing.split_records(records, calls, ignore)
+        timing.split_records([Kernel(*r, 0.0) for r in records], calls, ignore)
 
 
 class FakeFlush:
@@ -58,7 +95,7 @@ class FakeFlush:
         self.log, self.kernels = log, {"xor": 1}
 
     def __call__(self):
-        self.log.append(("xor", 100.0))
+        self.log.append(Kernel("xor", 100.0, 100.0 * len(self.log)))
 
     def learn(self, recorder):
         pass
@@ -84,7 +121,8 @@ def fake_program(name, log, times, fail_at=None):
     def call():
         if next(count) == fail_at:
             raise RuntimeError("boom")
-        log.extend((f"{name}{i}", t) for i, t in enumerate(times))
+        begin = 100.0 * len(log)  # one behind the other
+        log.extend(Kernel(f"{name}{i}", t, begin + sum(times[:i])) for i, t in enumerate(times))
 
     return timing.Program(name, [call, call], lambda out: out)
 

@@ -1,10 +1,8 @@
-"""Device time of one call: the sum of its kernel durations, cold L2, JAX and torch programs alike.
+"""Device time of one call: the time in which its kernels run, cold L2, JAX and torch programs alike.
 
-On CUDA the durations are CUPTI kernel records, read through the extension behind ``jax.experimental.mosaic.gpu.profiler``; host
-time, launch gaps, memcpy and memset are not in them. ``Cupti.measure`` of that module passes the same arguments to every
-call, so its numbers are warm; here the loop is ours, over rotating inputs, inside one CUPTI session. Elsewhere (ROCm, CPU) the
-time is the wall clock of a queue of calls divided by their number: good for calls well above the launch cost only, and
-not tried on an AMD GPU.
+On CUDA the times are those of CUPTI's kernel records (``cupti``), over rotating inputs inside one session; host time, launch gaps,
+memcpy and memset are not in them. Where kernels of a call overlap, the overlap counts once. Elsewhere (ROCm, CPU) the time is the
+wall clock of a queue of calls divided by their number: good for calls well above the launch cost only, and not tried on an AMD GPU.
 
 No other CUPTI user (nsys, ncu, torch.profiler) may be attached.
 """
@@ -18,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from .cupti import Kernel, Recorder, busy_us
+
 MIB = 1 << 20
 COLD_BYTES = 256 * MIB
 """Inputs rotate over at least this much, four times the L2 of an H200. An Infinity Cache of 256 MB needs more."""
@@ -25,7 +25,8 @@ MAX_SETS = 32
 CALLS, CALLS_LARGE, LARGE = 20, 10, 400 * 10**6
 PER_SESSION = 5
 METHOD = (
-    "sum of kernel durations of one call (CUPTI kernel records; no memcpy, memset, host time or gaps); "
+    "time in which kernels of one call ran (union of the intervals of CUPTI kernel records, so that overlapping launches count "
+    "once; no memcpy, memset, host time or gaps); "
     "median of 20 calls, 10 above 400 MB, in rounds of 5 with the contestants taking turns; "
     "cold L2: inputs rotate over >= 256 MB; where 32 sets do not reach that, a 256 MB read-write kernel before each call, "
     "left out of the sum; copy = the fastest elementwise kernel (XLA's, torch's) moving the same bytes, measured beside "
@@ -43,8 +44,7 @@ FATAL = (
     "device-side assert",
 )
 
-Records = list[tuple[str, float]]
-"""(kernel name, microseconds)"""
+Records = list[Kernel]
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -71,27 +71,8 @@ class Sample:
 
 class KernelRecorder(Protocol):
     def __call__(self, run: Callable[[], None]) -> Records:
-        """Runs ``run`` (which waits for the device) and returns the kernels it launched, in order."""
+        """Runs ``run`` (which waits for the device) and returns the kernels it launched, in the order in which they began."""
         ...
-
-
-def cupti_recorder() -> KernelRecorder:
-    """Kernel records from CUPTI. Raises RuntimeError or ImportError where the extension or a CUDA device is missing."""
-    from jax._src.lib import (
-        mosaic_gpu as lib,  # what jax.experimental.mosaic.gpu.profiler uses; it has no public way to bring a loop
-    )
-
-    ext = lib._mosaic_gpu_ext  # pyright: ignore[reportPrivateImportUsage]
-
-    def record(run: Callable[[], None]) -> Records:
-        ext._cupti_init()
-        try:
-            run()
-        finally:
-            timings = ext._cupti_get_timings(False)  # False: leave CUPTI attached, else a second session fails
-        return [(name, 1e3 * ms) for name, ms in timings or []]
-
-    return record
 
 
 def split_records(records: Records, calls: int, ignore: dict[str, int] | None = None) -> list[Records]:
@@ -104,19 +85,19 @@ def split_records(records: Records, calls: int, ignore: dict[str, int] | None = 
       ValueError: nothing recorded, the flush is not complete, or calls that differ in the number or names of their kernels.
     """
     if ignore:
-        seen = collections.Counter(name for name, _ in records if name in ignore)
+        seen = collections.Counter(k.name for k in records if k.name in ignore)
         expected = {name: n * calls for name, n in ignore.items()}
         if dict(seen) != expected:
             raise ValueError(f"flush kernels: got {dict(seen)}, expected {expected}")
-        records = [r for r in records if r[0] not in ignore]
+        records = [k for k in records if k.name not in ignore]
     if not records or len(records) % calls:
         raise ValueError(f"kernel records: got {len(records)}, expected a multiple of {calls} calls above 0")
     size = len(records) // calls
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
-    names = sorted(name for name, _ in chunks[0])
+    names = sorted(k.name for k in chunks[0])
     for i, chunk in enumerate(chunks):
-        if sorted(name for name, _ in chunk) != names:
-            raise ValueError(f"kernel records: call {i} ran {[n for n, _ in chunk]}, call 0 ran {names}")
+        if sorted(k.name for k in chunk) != names:
+            raise ValueError(f"kernel records: call {i} ran {[k.name for k in chunk]}, call 0 ran {names}")
     return chunks
 
 
@@ -144,7 +125,7 @@ class Flush:
                 self()
 
         chunk = split_records(recorder(run), calls)[0]
-        self.kernels = dict(collections.Counter(name for name, _ in chunk))
+        self.kernels = dict(collections.Counter(k.name for k in chunk))
 
     def busy(self, seconds: float) -> None:
         """Keeps the device at work so that its clock is up before something is timed."""
@@ -160,7 +141,7 @@ class CuptiTimer:
     method = METHOD
 
     def __init__(self, recorder: KernelRecorder | None = None, flush: Flush | None = None) -> None:
-        self.record = recorder or cupti_recorder()
+        self.record = recorder or Recorder()
         self.flush = flush or Flush()
         try:
             self.flush.learn(self.record)
@@ -177,7 +158,7 @@ class CuptiTimer:
                 program.wait(program.calls[i % len(program.calls)]())
 
         chunks = split_records(self.record(run), calls, self.flush.kernels if flush_each else None)
-        return [Sample(sum(us for _, us in chunk), chunk) for chunk in chunks]
+        return [Sample(busy_us(chunk), chunk) for chunk in chunks]
 
 
 class WallTimer:
@@ -226,10 +207,10 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
     kernels = []
     if samples[0].kernels:
         by_name: dict[str, list[float]] = {}
-        counts = collections.Counter(n for n, _ in samples[0].kernels)
+        counts = collections.Counter(k.name for k in samples[0].kernels)
         for s in samples:
-            for name, us in s.kernels:
-                by_name.setdefault(name, []).append(us)
+            for k in s.kernels:
+                by_name.setdefault(k.name, []).append(k.us)
         kernels = [[name[:100], counts[name], round(statistics.median(by_name[name]), 3)] for name in counts]
     return {
         "median_us": round(statistics.median(times), 3), "min_us": round(min(times), 3), "max_us": round(max(times), 3),
