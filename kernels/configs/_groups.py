@@ -163,10 +163,12 @@ def has_vectors(s: Sizes) -> bool:
 
 def add_partials(s: Sizes, threads: int, room: int) -> tuple[Constants, int, int]:
     """The blocks of dx's launch that add up dweight and dbias: their macros, number and shared memory. They are first, and few of
-    them where there is ``room`` for some beside the others; the order of the sum depends neither on them nor on their threads."""
+    them where there is ``room`` for some beside the others; the order of the sum depends neither on them nor on their threads.
+
+    *H200*, channels last: 2x32x32x640 7.5 us with 40 of them, 9.0 with 8 that each add up five times; 2x16x16x1280 6.0 and 11.0."""
     n, slices = 2 * s.channels, 32
     v, columns = largest_power_of_2_in(s.channels, 4), min(8, power_of_2_below(threads / slices))
     adders = _ceil(n, columns * v) if has_vectors(s) else 0
-    adders = min(adders, room) if room > 0 else adders
+    adders = min(adders, room) if adders <= 3 * room else adders
     macros = (("JN_ADDERS", adders), ("JN_ADD_V", v), ("JN_COLUMNS", columns), ("JN_SLICES", slices))
     return macros, adders, slices // 2 * columns * v * 4 if adders else 0

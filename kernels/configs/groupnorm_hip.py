@@ -163,8 +163,8 @@ def _dense(s: Sizes, c: Cut) -> Cut:
     """Channels last, large: registers for 1024 threads to a unit, in every launch. They do not matter to the bits.
 
     *H200*, both launches, 768 threads to a unit and 1024: with SiLU 2x128x128x512 29.3 and 27.9 us, 1x512x512x128 65.1 and 58.3,
-    1x1024x1024x128 272 and 227; backward 51.5 and 49.0, 125.8 and 99.3. 4x128x128x320 without SiLU 38.0 and 37.0. A block that
-    walks over several parts gained 8 % at one size and lost 1 to 30 at the others."""
+    1x1024x1024x128 272 and 227; backward 51.5 and 49.0, 125.8 and 99.3, without SiLU 103.8 and 89.5. 4x128x128x320 without SiLU
+    38.0 and 37.0. A block that walks over several parts gained 8 % at one size and lost 1 to 30 at the others."""
     if not (_nvidia(s.problem) and _large(s)) or s.words > 8 or s.u == 1:
         return c
     return replace(c, min_blocks=max(1, 1024 // map_macros(s, c)[1]))
@@ -282,7 +282,7 @@ def _backward(s: Sizes) -> tuple[Cut | Lines, Cut]:
         if _backward_shared(s, cut) > shared_memory(s.problem.target):
             cut = replace(cut, q=max(1, cut.q // 2))
         sums, dx = _resident_sums(s, cut), _resident_dx(s, cut)
-        if s.u < s.v and not s.problem.option("silu"):  # two chunks ahead and constants of several groups do not fit
+        if 2 * s.u < s.v and not s.problem.option("silu"):  # two chunks ahead and constants of four groups do not fit
             return sums, dx
         return _dense(s, sums), _dense(s, dx)
     lines = _lines(s, k)
@@ -295,11 +295,15 @@ def _first_dx(s: Sizes, c: Cut) -> Cut:
     """Channels first. dx has no sums: any cut gives the same bits, and more blocks where there are few groups.
 
     *H200*, both launches, 2x320x64x64: 8.6 us in 1280 blocks of 128 threads with two chunks on their way at once, 9.3 one after
-    the other, 9.4 in 640 with four. 1x256x256x256 with SiLU, dx alone: 22.8 in 2048 of 128, 23.6 in 1024 of 512."""
+    the other, 9.4 in 640 with four."""
     units = compute_units(s.problem.target)
     if _nvidia(s.problem):
         dx, blocks = Cut(0, 1, 128), max(_ceil(s.chunks, 1024), _ceil(5 * units, s.batch * s.groups))
-        if 128 < _ceil(s.chunks, blocks) <= 512:
+        if (
+            _ceil(s.chunks, blocks) > 512
+        ):  # 8x320x64x64 26.2 us, 27.5 one after the other; with SiLU 2x512x128x128 45.9 and 48.0
+            return replace(dx, part=512, k=4)
+        if _ceil(s.chunks, blocks) > 128:
             return replace(dx, part=256, k=2)
     else:
         dx = Cut(0, 1, min(512, max(64, _round_up(s.chunks, 64))))
