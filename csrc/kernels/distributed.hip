@@ -15,19 +15,24 @@ JN_ENTRY JN_BOUNDS(JN_LANES, JN_MIN_BLOCKS)
   using namespace jaxnorm;
   using Shape = RowShape<JN_N, JN_V, JN_LANES, 1, 1, JN_REGS, 0>;
   using Spec = QuantSpec<JN_CODE, JN_GROUP, Exponent::JN_EXPONENT, Layout::kRow, false, JN_BOUNDED>;
-  using Work = RankNorm<Shape, Spec, JN_X, JN_RESIDUAL, JN_WEIGHT, JN_QUANT, JN_HAS_OFFSET, JN_BEFORE_WEIGHT>;
+  using Work =
+      RankNorm<Shape, Spec, JN_X, JN_RESIDUAL, JN_WEIGHT, JN_QUANT, JN_HAS_OFFSET, JN_BEFORE_WEIGHT, JN_PACKED>;
   Work work{RmsNorm<JN_N>{JN_EPS}, weight, JN_OFFSET, JN_BOUND};
   const Buffers buffers{x, residual, weight, values, scale, residual_out};
-  Meeting<JN_RANKS> meeting{peers, error, patience, rank, signature, (u32*)(shared_memory() + Work::shared_bytes), 0};
-  bool good = meeting.enter();
-  if (good) {
+  unsigned char* verdicts = shared_memory() + Work::shared_bytes;
+  Meeting<JN_RANKS> meeting{peers, error, patience, rank, signature, (u32*)verdicts, block_x(), 0};
 #if JN_ONE_SHOT
-    good = one_shot<JN_RANKS>(meeting, work, buffers, half_bytes, rows, blocks);
+  one_shot(meeting, work, buffers, half_bytes, rows, blocks);
 #else
-    good = two_shot<JN_RANKS, JN_GATHER, JN_REPLICATED>(meeting, work, buffers, half_bytes, rows, share, blocks);
+  constexpr u32 parts = JN_LAG < 0 ? 1 : JN_GATHER ? 3 : 2;
+  TwoShot<JN_RANKS, JN_GATHER, JN_REPLICATED, Work> two{
+      meeting, work, buffers, half_bytes, rows, share, blocks / parts, verdicts + Meeting<JN_RANKS>::verdict_bytes};
+#if JN_LAG < 0
+  two.whole();
+#else
+  two.part(JN_LAG);
 #endif
-  }
-  if (!good) poison<JN_RANKS, JN_ONE_SHOT, JN_GATHER, JN_REPLICATED>(work, buffers, rank, rows, share, blocks);
+#endif
   meeting.leave(blocks);
 }
 #endif

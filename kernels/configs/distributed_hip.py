@@ -19,6 +19,7 @@ RANKS = (2, 4, 8)
 SCHEDULES = ("one-shot", "two-shot")
 TARGETS = ("sm_", "gfx90a", "gfx942", "gfx950")
 MAX_BLOCKS = 1024  # peers.h:kMaxBlocks
+PACK_GROUP = 256  # packed.h:kPackGroup
 HEADER_BYTES = 128 + 2 * MAX_BLOCKS * 8 * 8  # peers.h:Header
 
 
@@ -30,6 +31,8 @@ class Tuning:
     regs: int
     blocks: int
     min_blocks: int = 1
+    lag: int = -1
+    packed: bool = False
 
 
 def plan(problem: Problem) -> tuple[Launch, ...]:
@@ -69,11 +72,23 @@ def half_bytes(problem: Problem) -> int:
         return _round_up(ranks * problem.rows * n * x, 16)
     rows = ranks * _ceil(problem.rows, ranks)
     total = rows * n * x
+    if _packable(problem):
+        total += rows * _tops_bytes(problem)
     if problem.option("gather"):
         total += rows * _value_bytes(problem) + _round_up(rows * _scale_bytes(problem), 16)
     if problem.option("replicated") and problem.has("residual"):
         total += rows * n * ITEMSIZE[problem.dtype("residual")]
     return _round_up(total, 16)
+
+
+def _packable(problem: Problem) -> bool:
+    """Whether partial sums can travel packed (packed.h)."""
+    two = problem.option("schedule") == "two-shot" and problem.target.startswith("sm_")
+    return two and problem.dtype("x") == "bfloat16" and problem.features % PACK_GROUP == 0
+
+
+def _tops_bytes(problem: Problem) -> int:
+    return _round_up(problem.features // PACK_GROUP, 16)
 
 
 def _value_bytes(problem: Problem) -> int:
@@ -197,7 +212,7 @@ def _spec_constants(problem: Problem) -> Constants:
     )
 
 
-def _shared(problem: Problem, lanes: int) -> int:
+def _shared(problem: Problem, lanes: int, packed: bool) -> int:
     """Two sums and maxima (RankNorm::shared_bytes), and the verdicts of a wait."""
     wave, chunks, spec = wave_size(problem.target), problem.features // vector(problem), problem.option("spec")
     entries = 0
@@ -207,11 +222,13 @@ def _shared(problem: Problem, lanes: int) -> int:
             entries = lanes // wave
         elif group > wave:
             entries = _ceil(chunks, wave)
-    return 2 * (_sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16) + 32
+    tops = 2 * (problem.option("ranks") - 1) * _tops_bytes(problem) if packed else 0
+    return 2 * (_sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16) + 32 + tops
 
 
 def _launch(problem: Problem, t: Tuning) -> Launch:
     offset = float(problem.option("weight_offset"))
+    parts = 1 if t.lag < 0 else 3 if problem.option("gather") else 2
     constants: Constants = (
         ("JN_N", problem.features),
         ("JN_V", vector(problem)),
@@ -222,6 +239,8 @@ def _launch(problem: Problem, t: Tuning) -> Launch:
         ("JN_ONE_SHOT", problem.option("schedule") == "one-shot"),
         ("JN_GATHER", problem.option("gather")),
         ("JN_REPLICATED", problem.option("replicated")),
+        ("JN_LAG", t.lag),
+        ("JN_PACKED", t.packed),
         ("JN_X", _type(problem, "x")),
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),
@@ -234,9 +253,9 @@ def _launch(problem: Problem, t: Tuning) -> Launch:
         kernel=f"{SOURCE}:{STAGE}",
         inputs=("x", "residual", "weight"),
         outputs=("values", "scale", "residual_out"),
-        grid=(t.blocks, 1, 1),
+        grid=(parts * t.blocks, 1, 1),
         constants=constants + _spec_constants(problem),
         scalars=(("rows", "i32", problem.rows), ("share", "i32", _ceil(problem.rows, problem.option("ranks")))),
         threads=t.lanes,
-        shared=_shared(problem, t.lanes),
+        shared=_shared(problem, t.lanes, t.packed),
     )

@@ -87,6 +87,12 @@ JN_DEV void barrier() { simt::barrier(); }
 template <int D> JN_DEV float shfl_xor(float v) { return simt::shuffle_xor(v, D); }
 template <int LANES, int FROM> JN_DEV float shfl_from(float v) { return simt::shuffle_from(v, LANES, FROM); }
 JN_DEV bool any_lane(bool b) { return simt::any(b); }
+template <u32 FROM> JN_DEV u32 pick_bytes(u32 a, u32 b) {
+  const u64 both = u64(b) << 32 | a;
+  u32 r = 0;
+  for (int i = 0; i < 4; ++i) r |= u32(both >> (8 * (FROM >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return r;
+}
 JN_DEV unsigned char* shared_memory() { return simt::shared(); }
 JN_DEV float reciprocal_sqrt(float v, float = 0.f) { return 1.f / __builtin_sqrtf(v); }
 JN_DEV float exp2_fast(float v) { return __builtin_exp2f(v); }
@@ -101,6 +107,8 @@ template <int D> JN_DEV float shfl_xor(float v) { return __shfl_xor_sync(0xfffff
 // v of lane FROM of each aligned run of LANES lanes
 template <int LANES, int FROM> JN_DEV float shfl_from(float v) { return __shfl_sync(0xffffffffu, v, FROM, LANES); }
 JN_DEV bool any_lane(bool b) { return __any_sync(0xffffffffu, b); }
+// Byte i of the result is byte FROM >> 4 * i & 7 of a (0 to 3) and b (4 to 7).
+template <u32 FROM> JN_DEV u32 pick_bytes(u32 a, u32 b) { return __byte_perm(a, b, FROM); }
 JN_DEV unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
@@ -216,9 +224,31 @@ JN_DEV float reciprocal_sqrt(float v,
   const bool tiny = v < 0x1p-120f;
   return __builtin_amdgcn_rsqf(tiny ? v * 0x1p60f : v) * (tiny ? 0x1p30f : 1.f);
 }
+template <u32 FROM> JN_DEV u32 pick_bytes(u32 a, u32 b) {
+  constexpr u32 low = (FROM & 0xfu) | (FROM & 0xf0u) << 4, high = (FROM >> 8 & 0xfu) | (FROM >> 8 & 0xf0u) << 4;
+  return __builtin_amdgcn_perm(b, a, low | high << 16);
+}
 JN_DEV float exp2_fast(float v) { return __builtin_amdgcn_exp2f(v); }
 JN_DEV float reciprocal_fast(float v) { return __builtin_amdgcn_rcpf(v); }
 #endif
+
+// The largest of the 32 lanes of a run that starts at a multiple of 32.
+JN_DEV u32 max_of_32(u32 v) {
+#if defined(JN_NVIDIA) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, v);
+#else
+  const auto take = [&](float other) {
+    const u32 u = f32_bits(other);
+    v = v < u ? u : v;
+  };
+  take(shfl_xor<1>(bits_f32(v)));
+  take(shfl_xor<2>(bits_f32(v)));
+  take(shfl_xor<4>(bits_f32(v)));
+  take(shfl_xor<8>(bits_f32(v)));
+  take(shfl_xor<16>(bits_f32(v)));
+  return v;
+#endif
+}
 
 // Two launches of one call that overlap (Launch.overlaps in kernels/configs). The first lets the second begin as soon
 // as all of its blocks have; a block of the second fetches what no launch of the call writes, and waits before it reads
