@@ -34,8 +34,8 @@ from typing import Any
 from jaxnorm._bench import store
 
 FORMAT = "jaxnorm-distributed-bench/3"
-MAIN = (16, 128, 1024, 8192)
-OTHERS = (1, 4, 64, 256, 512, 2048, 4096, 2, 8, 32)
+MAIN = (1, 16, 128, 1024, 8192)
+OTHERS = (4, 64, 256, 512, 2048, 4096, 2, 8, 32)
 LENGTHS = {1024: (8, 32), 8192: (4, 12)}
 """Calls of the two chains, up to so many rows."""
 REPEATS = 30
@@ -294,7 +294,7 @@ def main() -> int:
     start = time.monotonic()
     env = os.environ | {"JAXNORM_REQUIRE": "fused,launcher", "JAXNORM_FUSED_COMM": "1", "NCCL_NVLS_ENABLE": "0",
                         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".6"}  # fmt: skip
-    # the four sizes of the targets first, over all numbers of ranks; then everything else
+    # the sizes of the targets first, over all numbers of ranks; then everything else
     for part in ([m for m in rows if m in MAIN], [m for m in rows if m not in MAIN]):
         for n in args.features.split(","):
             for ranks in args.ranks.split(","):

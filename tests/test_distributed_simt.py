@@ -28,6 +28,14 @@ class Shot:
     call: Call
     schedule: str = "two-shot"
     gather: bool = True
+    lag: int = distributed_hip.WHOLE
+    packed: bool = False
+
+    def launch(self, target: str):
+        if self.schedule == "one-shot":
+            return distributed_hip.plan(self.problem(target))[0]
+        packed = self.packed and target.startswith("sm_")
+        return distributed_hip.tuned(self.problem(target), lag=self.lag, packed=packed)
 
     def problem(self, target: str):
         c = self.call
@@ -44,7 +52,10 @@ class Shot:
             if c.residual and c.kind == "scatter":
                 mine["residual"] = arrays["residual"][r * c.share : (r + 1) * c.share]
             operands.append(mine)
-        return Step(p, distributed_hip.plan(p)[0], index, operands, **more)
+        launch = self.launch(target)
+        if "units" in more:
+            more["blocks"] = more.pop("units") * distributed_hip.parts(launch)
+        return Step(p, launch, index, operands, **more)
 
     def shapes(self):
         c = self.call
@@ -95,13 +106,15 @@ def shots(ranks: int) -> list[Shot]:
         Shot(Call(2 * ranks, N, ranks, residual="float32", spec=MX), gather=False),
         Shot(Call(3, N, ranks, residual="bfloat16", x="float32", weight=None)),
         Shot(Call(6, N, ranks, spec=QuantSpec("fp4", 32, "e8m0"), options={"cast": "before_weight"}), "one-shot"),
+        Shot(Call(13, N, ranks, spec=FP8, weight="bfloat16"), lag=1, packed=True),
+        Shot(Call(3 * ranks, N, ranks, residual="bfloat16"), gather=False, lag=2, packed=True),
     ]  # fmt: skip
 
 
 def prepare(target: str, ranks: int):
     """(library, the shots, a group that has room for them)"""
     found = shots(ranks)
-    plans = [distributed_hip.plan(s.problem(target))[0] for s in found]
+    plans = [s.launch(target) for s in found]
     half = max(distributed_hip.half_bytes(s.problem(target)) for s in found)
     return simt_ranks.build(target, plans), found, Group(ranks, half)
 
@@ -117,7 +130,7 @@ def test_changing_calls(target, ranks):
         arrays = found[index].call.inputs(n)
         data.append(arrays)
         steps.append(
-            found[index].step(target, int(index), arrays, signature=n, blocks=int(rng.integers(1, 4)), order=n % 3,
+            found[index].step(target, int(index), arrays, signature=n, units=int(rng.integers(1, 4)), order=n % 3,
                               delays_us=tuple(rng.integers(0, 3000, ranks)))
         )  # fmt: skip
     shapes = {id(s): found[i].shapes() for s, i in zip(steps, order, strict=True)}
@@ -130,18 +143,27 @@ def test_changing_calls(target, ranks):
 
 
 def test_schedules_grids_and_threads_give_the_same_bits():
+    """Packed and not, in blocks for whole units or parts of them; values of every exponent, infinities and NaN among them."""
     target, call = "sm_90", Call(9, N, 2, spec=FP8)
     one, two = Shot(call, "one-shot"), Shot(call)
-    plans = [distributed_hip.plan(one.problem(target))[0],
-             *(p[0] for p in distributed_hip.candidates(two.problem(target)))]  # fmt: skip
-    plans = list({p.threads: p for p in plans[1:]}.values()) + plans[:1]
+    candidates = [p for (p,) in distributed_hip.candidates(two.problem(target))]
+    plans = list({(p.threads, distributed_hip.parts(p), distributed_hip.packed(p)): p for p in candidates}.values())
+    assert {distributed_hip.packed(p) for p in plans} == {False, True}
+    plans.append(one.launch(target))
     library = simt_ranks.build(target, plans)
     arrays = call.inputs(5)
+    x, rng = np.asarray(arrays["x"]), np.random.default_rng(5)
+    x[:, 1] *= 2.0 ** rng.integers(-60, 60, x[:, 1].shape)
+    x[:, 2] *= rng.random(x[:, 2].shape) < 0.7
+    x[:, 3], x[:, 4, 5], x[0, 5, 6], x[1, 7, :256] = 0, 1e-39, np.nan, -0.0
+    x[0, 8, 9] = np.inf
     bits = []
     for i, plan in enumerate(plans):
         shot = one if i == len(plans) - 1 else two
         group = Group(2, distributed_hip.half_bytes(shot.problem(target)))
-        step = dataclasses.replace(shot.step(target, i, arrays), launch=plan, blocks=1 + i % 3)
+        step = dataclasses.replace(
+            shot.step(target, i, arrays), launch=plan, blocks=(1 + i % 3) * distributed_hip.parts(plan)
+        )
         (result,) = group.run(library, [step], lambda s, r, shot=shot: shot.shapes())
         bits.append(result[0])
     for other in bits[1:]:
@@ -157,7 +179,7 @@ def test_a_missing_rank_is_named_in_time():
     """The others leave when their time is up, say whom they waited for, and leave nothing that looks like a result."""
     target, ranks = "sm_90", 4
     library, found, _ = prepare(target, ranks)
-    for index, schedule in ((0, "one-shot"), (1, "two-shot"), (5, "two-shot")):
+    for index, schedule in ((0, "one-shot"), (1, "two-shot"), (5, "two-shot"), (7, "two-shot")):
         shot = found[index]
         assert shot.schedule == schedule
         group = Group(ranks, max(distributed_hip.half_bytes(s.problem(target)) for s in found))

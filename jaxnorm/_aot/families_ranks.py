@@ -51,7 +51,8 @@ def few_rows(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
     ranks = problem.option("ranks")
     rows = 5 if problem.option("schedule") == "one-shot" else 2 * ranks + 1
     scalars = (("rows", "i32", rows), ("share", "i32", -(-rows // ranks)))
-    return with_buffers(replace(problem, rows=rows)), replace(launch, grid=(BLOCKS, 1, 1), scalars=scalars)
+    grid = (BLOCKS * distributed_hip.parts(launch), 1, 1)
+    return with_buffers(replace(problem, rows=rows)), replace(launch, grid=grid, scalars=scalars)
 
 
 @dataclass
@@ -68,6 +69,8 @@ class _Place:
     """Whose rows and which bytes are whose (distributed.h, two_shot and one_shot)."""
 
     p: Problem
+    packed: bool = False
+    """Partial sums travel packed (packed.h)."""
 
     @property
     def ranks(self) -> int:
@@ -103,6 +106,11 @@ class _Place:
         rows = self.p.rows if self.one_shot else self.share
         return self.half + rank * rows * self.p.features * ITEMSIZE[self.p.dtype("x")]
 
+    def tops(self, rank: int) -> int:
+        """Where the largest exponents of a rank's packed partial sums go."""
+        rows = self.share if self.packed else 0
+        return self.slot(self.ranks) + rank * rows * distributed_hip.tops_bytes(self.p)
+
     @property
     def gathers(self) -> bool:
         """Whether owners push their results to everyone."""
@@ -112,7 +120,7 @@ class _Place:
         """(result, offset of row 0) of what owners push."""
         if not self.gathers:
             return []
-        places, at = [], self.slot(self.ranks)
+        places, at = [], self.tops(self.ranks)
         for name in ("values", "scale"):
             if name in group.results:
                 places.append((name, at))
@@ -174,12 +182,13 @@ def rank_norm(c: Case) -> None:
 
 def rank_norm_alone(c: Case) -> None:
     """A rank stays away: results that nobody takes for such, its number for the host, and word to the others."""
-    c.launch = replace(c.launch, grid=(1, 1, 1))  # one block: which of several is first to give up would be open
+    parts = distributed_hip.parts(c.launch)
+    c.launch = replace(c.launch, grid=(parts, 1, 1))  # one unit: which of several is first to give up would be open
     _fill(c, absent=(RANK + 1) % c.option("ranks"))
 
 
 def _fill(c: Case, absent: int | None) -> None:
-    place, group = _Place(c.problem), _make(c)
+    place, group = _Place(c.problem, distributed_hip.packed(c.launch)), _make(c)
     if absent is not None:
         group.results = {n: _poisoned(n, o, "scale" in group.results) for n, o in group.results.items()}
     c.inputs["x"] = group.partials[RANK]
@@ -188,13 +197,13 @@ def _fill(c: Case, absent: int | None) -> None:
     for name, out in group.results.items():
         everyones = c.option("replicated" if name == "residual_out" else "gather")
         c.outputs[name] = out if everyones else _sharded(place, out)
-    blocks, late = c.launch.grid[0], absent is not None
-    others = [_other(place, group, blocks, (RANK + d) % place.ranks, late) for d in range(1, place.ranks)]
+    units, late = c.launch.grid[0] // distributed_hip.parts(c.launch), absent is not None
+    others = [_other(place, group, units, (RANK + d) % place.ranks, late) for d in range(1, place.ranks)]
     nobody = [{"kind": "null"}] * (MOST_RANKS - place.ranks)
     failure = np.array([TIMED_OUT + 256 * absent if absent is not None else 0], np.uint32)
     scalar = lambda name, kind, value: {"name": name, "kind": "scalar", "dtype": kind, "value": value}  # noqa: E731
     c.tail = [
-        {"name": "peers", "kind": "pointers", "to": [_own(place, group, blocks, absent), *others, *nobody]},
+        {"name": "peers", "kind": "pointers", "to": [_own(place, group, units, absent), *others, *nobody]},
         {"name": "error", "kind": "inout", "dtype": "uint32", "shape": [1], "data": failure * 0, "expect": failure},
         scalar("half_bytes", "uint64", distributed_hip.half_bytes(c.problem)),
         scalar("patience", "uint64", PATIENCE),
@@ -202,7 +211,7 @@ def _fill(c: Case, absent: int | None) -> None:
         scalar("share", "uint32", place.share),
         scalar("rank", "uint32", RANK),
         scalar("signature", "uint32", SIGNATURE),
-        scalar("blocks", "uint32", blocks),
+        scalar("blocks", "uint32", c.launch.grid[0]),
     ]
 
 
@@ -240,11 +249,40 @@ def _workspace(place: _Place, rank: int, parts: list[dict[str, Any]]) -> dict[st
     return {"name": f"workspace{rank}", "kind": "inout", "dtype": "uint8", "shape": [size], "parts": parts}
 
 
-def _flags(place: _Place, blocks: int, phase: int, ranks: list[int]) -> tuple[int, Array]:
-    """(offset, flags of the blocks with those of some ranks set)"""
-    flags = np.zeros((blocks, MOST_RANKS), np.uint64)
+def _flags(place: _Place, units: int, phase: int, ranks: list[int]) -> tuple[int, Array]:
+    """(offset, flags of the units with those of some ranks set)"""
+    flags = np.zeros((units, MOST_RANKS), np.uint64)
     flags[:, ranks] = SIGNATURE << 32 | place.epoch
     return FLAGS_AT + phase * PHASE_BYTES, flags
+
+
+def _partials(place: _Place, group: _Group, source: int, to: int) -> list[dict[str, Any]]:
+    """What a rank pushes to another before anything is summed; the bytes under ``rows``."""
+    rows, name = group.partials[source][place.pushed(to)], f"partials{source}"
+    if not len(rows):
+        return []
+    if not place.packed:
+        return [_part(name, place.slot(source), rows, rows=rows)]
+    planes, unsent, tops = packed_rows(rows, distributed_hip.tops_bytes(place.p))
+    unused = np.broadcast_to(np.arange(tops.shape[1]) >= place.p.features // distributed_hip.PACK_GROUP, tops.shape)
+    return [_part(name, place.slot(source), planes, rows=planes, ignore=unsent),
+            _part(f"tops{source}", place.tops(source), tops, rows=tops, ignore=unused)]  # fmt: skip
+
+
+def packed_rows(rows: Array, tops_bytes: int) -> tuple[Array, Array, Array]:
+    """Rows of bfloat16 as packed.h sends them: planes as bytes, which of these are not sent, and the tops of each row."""
+    bits = rows.view(np.uint16).reshape(len(rows), -1, distributed_hip.PACK_GROUP)
+    exponent, rest = (bits >> 7) & 255, ((bits >> 8) & 0x80) | (bits & 0x7F)
+    top = exponent.max(-1, keepdims=True)
+    below = np.where(exponent == 0, 15, top - exponent)
+    wide = ((exponent != 0) & (below > 14)).any(-1, keepdims=True) | (top == 255)
+    low, high = np.where(wide, exponent & 15, below), exponent >> 4
+    planes = np.concatenate([rest, *(a[..., ::2] | a[..., 1::2] << 4 for a in (low, high))], -1).astype(np.uint8)
+    unsent = np.zeros(planes.shape, bool)
+    unsent[..., planes.shape[-1] * 3 // 4 :] = ~wide
+    tops = np.zeros((len(rows), tops_bytes), np.uint8)
+    tops[:, : top.shape[1]] = np.where(wide, 255, top)[..., 0]
+    return planes.reshape(len(rows), -1), unsent.reshape(len(rows), -1), tops
 
 
 def _phases(place: _Place, late: bool) -> tuple[int, ...]:
@@ -252,18 +290,17 @@ def _phases(place: _Place, late: bool) -> tuple[int, ...]:
     return (0,) if late or not place.gathers else (0, 1)
 
 
-def _own(place: _Place, group: _Group, blocks: int, absent: int | None) -> dict[str, Any]:
+def _own(place: _Place, group: _Group, units: int, absent: int | None) -> dict[str, Any]:
     """What the other ranks have pushed here before the launch, and the header after it."""
     others = [r for r in range(place.ranks) if r != RANK]
-    before = np.array([place.epoch - 1, 0, 0], np.uint32)
-    after = np.array([place.epoch, 0, absent is not None], np.uint32)
+    before = np.array([place.epoch - 1, 0, 0, 0], np.uint32)
+    after = np.array([place.epoch, 0, absent is not None, 0], np.uint32)
     parts = [_part("header", 0, before, data=before, expect=after)]
     for phase in (0, 1):
-        at, flags = _flags(place, blocks, phase, [r for r in others if r != absent])
+        at, flags = _flags(place, units, phase, [r for r in others if r != absent])
         parts.append(_part(f"flags{phase}", at, flags, data=flags))
     for r in others:
-        rows = group.partials[r][place.pushed(RANK)]
-        parts.append(_part(f"partials{r}", place.slot(r), rows, data=rows))
+        parts += [part | {"data": part.pop("rows")} for part in _partials(place, group, r, RANK)]
     if absent is not None:
         return _workspace(place, RANK, parts)
     for name, at in place.gathered(group):
@@ -276,15 +313,13 @@ def _own(place: _Place, group: _Group, blocks: int, absent: int | None) -> dict[
     return _workspace(place, RANK, parts)
 
 
-def _other(place: _Place, group: _Group, blocks: int, rank: int, late: bool) -> dict[str, Any]:
+def _other(place: _Place, group: _Group, units: int, rank: int, late: bool) -> dict[str, Any]:
     """What this rank pushes into the workspace of another."""
     parts = []
     for phase in _phases(place, late):
-        at, before = _flags(place, blocks, phase, [])
-        parts.append(_part(f"flags{phase}", at, before, data=before, expect=_flags(place, blocks, phase, [RANK])[1]))
-    rows = group.partials[RANK][place.pushed(rank)]
-    if len(rows):
-        parts.append(_part("partials", place.slot(RANK), rows, expect=rows, compare=BITWISE))
+        at, before = _flags(place, units, phase, [])
+        parts.append(_part(f"flags{phase}", at, before, data=before, expect=_flags(place, units, phase, [RANK])[1]))
+    parts += [part | {"expect": part.pop("rows"), "compare": BITWISE} for part in _partials(place, group, RANK, rank)]
     if late:
         parts.append(_part("dead", 8, np.ones(1, np.uint32), expect=np.ones(1, np.uint32)))
         return _workspace(place, rank, parts)

@@ -19,6 +19,7 @@ RANKS = (2, 4, 8)
 SCHEDULES = ("one-shot", "two-shot")
 TARGETS = ("sm_", "gfx90a", "gfx942", "gfx950")
 MAX_BLOCKS = 1024  # peers.h:kMaxBlocks
+WHOLE = -1  # as a lag: a block does all parts of its rows
 PACK_GROUP = 256  # packed.h:kPackGroup
 HEADER_BYTES = 128 + 2 * MAX_BLOCKS * 8 * 8  # peers.h:Header
 
@@ -31,7 +32,7 @@ class Tuning:
     regs: int
     blocks: int
     min_blocks: int = 1
-    lag: int = -1
+    lag: int = WHOLE
     packed: bool = False
 
 
@@ -46,10 +47,12 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
 
 
 def tuned(problem: Problem, **changes: int | None) -> Launch:
-    """The plan with other ``lanes``, ``blocks`` or ``min_blocks``; None leaves one as it is."""
+    """The plan with other ``lanes``, ``blocks``, ``min_blocks``, ``lag`` or ``packed``; None leaves one as it is."""
     _check(problem)
     given = {k: v for k, v in changes.items() if v is not None}
     base = _tuning(problem)
+    if given.get("packed") and not _packable(problem):
+        raise Unsupported("only rows of bfloat16 travel packed: two shots, N a multiple of 256, on NVIDIA.")
     if "lanes" in given:
         base = replace(base, regs=_ceil(problem.features // vector(problem), given["lanes"]))
     return _launch(problem, replace(base, **given))
@@ -62,7 +65,22 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     units, work = compute_units(problem.target), _work(problem)
     grids = {min(work, MAX_BLOCKS, g) for g in (units, 2 * units, 3 * units, 4 * units, 6 * units)}
     found = [base, *(replace(t, blocks=g) for t in _threads(problem) for g in sorted(grids))]
+    if problem.option("schedule") == "two-shot":
+        many = min(work, MAX_BLOCKS)
+        ways = [(lag, packed) for lag in (WHOLE, 64) for packed in (False, True) if not packed or _packable(problem)]
+        found += [replace(base, blocks=many, lag=lag, packed=packed) for lag, packed in ways]
     return [(_launch(problem, t),) for t in dict.fromkeys(found)]
+
+
+def parts(launch: Launch) -> int:
+    """Blocks of a unit of rows: one, or one for each part of its way (distributed.h:TwoShot)."""
+    constants = dict(launch.constants)
+    return 1 if constants["JN_LAG"] == WHOLE else 3 if constants["JN_GATHER"] else 2
+
+
+def packed(launch: Launch) -> bool:
+    """Whether partial sums travel packed (packed.h)."""
+    return bool(dict(launch.constants)["JN_PACKED"])
 
 
 def half_bytes(problem: Problem) -> int:
@@ -73,7 +91,7 @@ def half_bytes(problem: Problem) -> int:
     rows = ranks * _ceil(problem.rows, ranks)
     total = rows * n * x
     if _packable(problem):
-        total += rows * _tops_bytes(problem)
+        total += rows * tops_bytes(problem)
     if problem.option("gather"):
         total += rows * _value_bytes(problem) + _round_up(rows * _scale_bytes(problem), 16)
     if problem.option("replicated") and problem.has("residual"):
@@ -87,7 +105,7 @@ def _packable(problem: Problem) -> bool:
     return two and problem.dtype("x") == "bfloat16" and problem.features % PACK_GROUP == 0
 
 
-def _tops_bytes(problem: Problem) -> int:
+def tops_bytes(problem: Problem) -> int:
     return _round_up(problem.features // PACK_GROUP, 16)
 
 
@@ -222,13 +240,13 @@ def _shared(problem: Problem, lanes: int, packed: bool) -> int:
             entries = lanes // wave
         elif group > wave:
             entries = _ceil(chunks, wave)
-    tops = 2 * (problem.option("ranks") - 1) * _tops_bytes(problem) if packed else 0
+    tops = 2 * (problem.option("ranks") - 1) * tops_bytes(problem) if packed else 0
     return 2 * (_sum_bytes(chunks, lanes, wave) + _ceil(entries, 4) * 16) + 32 + tops
 
 
 def _launch(problem: Problem, t: Tuning) -> Launch:
     offset = float(problem.option("weight_offset"))
-    parts = 1 if t.lag < 0 else 3 if problem.option("gather") else 2
+    blocks = t.blocks * (1 if t.lag == WHOLE else 3 if problem.option("gather") else 2)
     constants: Constants = (
         ("JN_N", problem.features),
         ("JN_V", vector(problem)),
@@ -240,7 +258,7 @@ def _launch(problem: Problem, t: Tuning) -> Launch:
         ("JN_GATHER", problem.option("gather")),
         ("JN_REPLICATED", problem.option("replicated")),
         ("JN_LAG", t.lag),
-        ("JN_PACKED", t.packed),
+        ("JN_PACKED", bool(t.packed)),
         ("JN_X", _type(problem, "x")),
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),
@@ -253,7 +271,7 @@ def _launch(problem: Problem, t: Tuning) -> Launch:
         kernel=f"{SOURCE}:{STAGE}",
         inputs=("x", "residual", "weight"),
         outputs=("values", "scale", "residual_out"),
-        grid=(parts * t.blocks, 1, 1),
+        grid=(blocks, 1, 1),
         constants=constants + _spec_constants(problem),
         scalars=(("rows", "i32", problem.rows), ("share", "i32", _ceil(problem.rows, problem.option("ranks")))),
         threads=t.lanes,

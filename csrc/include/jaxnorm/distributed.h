@@ -447,6 +447,7 @@ template <int RANKS, bool GATHER, bool REPLICATED, class Work> struct TwoShot {
       work_out();
       if constexpr (GATHER) meeting.signal(1);
     } else {
+      meeting.patience *= 2;  // whoever it waits for may have to wait first
       if (!alive || !meeting.wait(1)) return poison(false, true);
       gather();
     }
