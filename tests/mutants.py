@@ -75,7 +75,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "tests/test_distributed_simt.py -k another_call"),
     Mutant("epochs compared without a sign", "csrc/include/jaxnorm/peers.h", "const int ahead = int(u32(seen) - epoch);",
            "const int ahead = u32(seen) < epoch ? -1 : u32(seen) == epoch ? 0 : 1;", "tests/test_distributed_simt.py -k wrap"),
-    Mutant("a failed call leaves what was there", "csrc/include/jaxnorm/distributed.h", "if (!good)", "if (false)", "tests/test_distributed_simt.py -k missing"),
+    Mutant("a failed call leaves what was there", "csrc/kernels/distributed.hip", "if (!good)", "if (false)", "tests/test_distributed_simt.py -k missing"),
     Mutant("exponents that do not fit are packed", "csrc/include/jaxnorm/packed.h", "if (max_of_32(bad) != 0)", "if (false)",
            "tests/test_distributed_simt.py -k same_bits"),
 )  # fmt: skip

@@ -16,6 +16,7 @@ FP8 = QuantSpec("float8_e4m3fn")
 CASES = {
     "one shot over 8": {"rows": 16, "ranks": 8, "schedule": "one-shot", "spec": FP8},
     "two shots over 2": {"rows": 8192, "ranks": 2, "schedule": "two-shot", "spec": FP8},
+    "two shots over 4": {"rows": 8192, "ranks": 4, "schedule": "two-shot", "spec": FP8},
     "allreduce over 4": {"rows": 1024, "ranks": 4, "schedule": "two-shot", "replicated": True, "residual": "bfloat16"},
 }
 

@@ -28,14 +28,13 @@ class Shot:
     call: Call
     schedule: str = "two-shot"
     gather: bool = True
-    lag: int = distributed_hip.WHOLE
     packed: bool = False
 
     def launch(self, target: str):
         if self.schedule == "one-shot":
             return distributed_hip.plan(self.problem(target))[0]
         packed = self.packed and target.startswith("sm_")
-        return distributed_hip.tuned(self.problem(target), lag=self.lag, packed=packed)
+        return distributed_hip.tuned(self.problem(target), packed=packed)
 
     def problem(self, target: str):
         c = self.call
@@ -52,10 +51,7 @@ class Shot:
             if c.residual and c.kind == "scatter":
                 mine["residual"] = arrays["residual"][r * c.share : (r + 1) * c.share]
             operands.append(mine)
-        launch = self.launch(target)
-        if "units" in more:
-            more["blocks"] = more.pop("units") * distributed_hip.parts(launch)
-        return Step(p, launch, index, operands, **more)
+        return Step(p, self.launch(target), index, operands, **more)
 
     def shapes(self):
         c = self.call
@@ -106,8 +102,8 @@ def shots(ranks: int) -> list[Shot]:
         Shot(Call(2 * ranks, N, ranks, residual="float32", spec=MX), gather=False),
         Shot(Call(3, N, ranks, residual="bfloat16", x="float32", weight=None)),
         Shot(Call(6, N, ranks, spec=QuantSpec("fp4", 32, "e8m0"), options={"cast": "before_weight"}), "one-shot"),
-        Shot(Call(13, N, ranks, spec=FP8, weight="bfloat16"), lag=1, packed=True),
-        Shot(Call(3 * ranks, N, ranks, residual="bfloat16"), gather=False, lag=2, packed=True),
+        Shot(Call(13, N, ranks, spec=FP8, weight="bfloat16"), packed=True),
+        Shot(Call(3 * ranks, N, ranks, residual="bfloat16"), gather=False, packed=True),
     ]  # fmt: skip
 
 
@@ -130,7 +126,7 @@ def test_changing_calls(target, ranks):
         arrays = found[index].call.inputs(n)
         data.append(arrays)
         steps.append(
-            found[index].step(target, int(index), arrays, signature=n, units=int(rng.integers(1, 4)), order=n % 3,
+            found[index].step(target, int(index), arrays, signature=n, blocks=int(rng.integers(1, 4)), order=n % 3,
                               delays_us=tuple(rng.integers(0, 3000, ranks)))
         )  # fmt: skip
     shapes = {id(s): found[i].shapes() for s, i in zip(steps, order, strict=True)}
@@ -143,11 +139,11 @@ def test_changing_calls(target, ranks):
 
 
 def test_schedules_grids_and_threads_give_the_same_bits():
-    """Packed and not, in blocks for whole units or parts of them; values of every exponent, infinities and NaN among them."""
+    """Packed and not; values of every exponent, infinities and NaN among them."""
     target, call = "sm_90", Call(9, N, 2, spec=FP8)
     one, two = Shot(call, "one-shot"), Shot(call)
     candidates = [p for (p,) in distributed_hip.candidates(two.problem(target))]
-    plans = list({(p.threads, distributed_hip.parts(p), distributed_hip.packed(p)): p for p in candidates}.values())
+    plans = list({(p.threads, distributed_hip.packed(p)): p for p in candidates}.values())
     assert {distributed_hip.packed(p) for p in plans} == {False, True}
     plans.append(one.launch(target))
     library = simt_ranks.build(target, plans)
@@ -161,9 +157,7 @@ def test_schedules_grids_and_threads_give_the_same_bits():
     for i, plan in enumerate(plans):
         shot = one if i == len(plans) - 1 else two
         group = Group(2, distributed_hip.half_bytes(shot.problem(target)))
-        step = dataclasses.replace(
-            shot.step(target, i, arrays), launch=plan, blocks=(1 + i % 3) * distributed_hip.parts(plan)
-        )
+        step = dataclasses.replace(shot.step(target, i, arrays), launch=plan, blocks=1 + i % 3)
         (result,) = group.run(library, [step], lambda s, r, shot=shot: shot.shapes())
         bits.append(result[0])
     for other in bits[1:]:

@@ -24,8 +24,8 @@ namespace ffi = xla::ffi;
 using Str = std::string_view;
 using Ints = ffi::Span<const int64_t>;
 
-constexpr size_t kBuffers = 6;            // x, residual, weight, values, scale, residual_out
-constexpr int64_t kMaxBlocks = 3 * 1024;  // three parts of peers.h:kMaxBlocks units
+constexpr size_t kBuffers = 6;  // x, residual, weight, values, scale, residual_out
+constexpr int64_t kMaxBlocks = 1024;
 
 struct Call {
   Str op, image, name, target, layout;  // layout: one letter for each of the buffers, p or n (absent)

@@ -20,19 +20,17 @@ JN_ENTRY JN_BOUNDS(JN_LANES, JN_MIN_BLOCKS)
   Work work{RmsNorm<JN_N>{JN_EPS}, weight, JN_OFFSET, JN_BOUND};
   const Buffers buffers{x, residual, weight, values, scale, residual_out};
   unsigned char* verdicts = shared_memory() + Work::shared_bytes;
-  Meeting<JN_RANKS> meeting{peers, error, patience, rank, signature, (u32*)verdicts, block_x(), 0};
+  Meeting<JN_RANKS> meeting{peers, error, patience, rank, signature, (u32*)verdicts, 0};
+  bool good = meeting.enter();
+  if (good) {
 #if JN_ONE_SHOT
-  one_shot(meeting, work, buffers, half_bytes, rows, blocks);
+    good = one_shot<JN_RANKS>(meeting, work, buffers, half_bytes, rows, blocks);
 #else
-  constexpr u32 parts = JN_LAG < 0 ? 1 : JN_GATHER ? 3 : 2;
-  TwoShot<JN_RANKS, JN_GATHER, JN_REPLICATED, Work> two{
-      meeting, work, buffers, half_bytes, rows, share, blocks / parts, verdicts + Meeting<JN_RANKS>::verdict_bytes};
-#if JN_LAG < 0
-  two.whole();
-#else
-  two.part(JN_LAG);
+    good = two_shot<JN_RANKS, JN_GATHER, JN_REPLICATED>(meeting, work, buffers, half_bytes, rows, share, blocks,
+                                                        verdicts + Meeting<JN_RANKS>::verdict_bytes);
 #endif
-#endif
+  }
+  if (!good) poison<JN_RANKS, JN_ONE_SHOT, JN_GATHER, JN_REPLICATED>(work, buffers, rank, rows, share, blocks);
   meeting.leave(blocks);
 }
 #endif

@@ -51,8 +51,7 @@ def few_rows(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
     ranks = problem.option("ranks")
     rows = 5 if problem.option("schedule") == "one-shot" else 2 * ranks + 1
     scalars = (("rows", "i32", rows), ("share", "i32", -(-rows // ranks)))
-    grid = (BLOCKS * distributed_hip.parts(launch), 1, 1)
-    return with_buffers(replace(problem, rows=rows)), replace(launch, grid=grid, scalars=scalars)
+    return with_buffers(replace(problem, rows=rows)), replace(launch, grid=(BLOCKS, 1, 1), scalars=scalars)
 
 
 @dataclass
@@ -182,8 +181,7 @@ def rank_norm(c: Case) -> None:
 
 def rank_norm_alone(c: Case) -> None:
     """A rank stays away: results that nobody takes for such, its number for the host, and word to the others."""
-    parts = distributed_hip.parts(c.launch)
-    c.launch = replace(c.launch, grid=(parts, 1, 1))  # one unit: which of several is first to give up would be open
+    c.launch = replace(c.launch, grid=(1, 1, 1))  # one block: which of several is first to give up would be open
     _fill(c, absent=(RANK + 1) % c.option("ranks"))
 
 
@@ -197,13 +195,13 @@ def _fill(c: Case, absent: int | None) -> None:
     for name, out in group.results.items():
         everyones = c.option("replicated" if name == "residual_out" else "gather")
         c.outputs[name] = out if everyones else _sharded(place, out)
-    units, late = c.launch.grid[0] // distributed_hip.parts(c.launch), absent is not None
-    others = [_other(place, group, units, (RANK + d) % place.ranks, late) for d in range(1, place.ranks)]
+    blocks, late = c.launch.grid[0], absent is not None
+    others = [_other(place, group, blocks, (RANK + d) % place.ranks, late) for d in range(1, place.ranks)]
     nobody = [{"kind": "null"}] * (MOST_RANKS - place.ranks)
     failure = np.array([TIMED_OUT + 256 * absent if absent is not None else 0], np.uint32)
     scalar = lambda name, kind, value: {"name": name, "kind": "scalar", "dtype": kind, "value": value}  # noqa: E731
     c.tail = [
-        {"name": "peers", "kind": "pointers", "to": [_own(place, group, units, absent), *others, *nobody]},
+        {"name": "peers", "kind": "pointers", "to": [_own(place, group, blocks, absent), *others, *nobody]},
         {"name": "error", "kind": "inout", "dtype": "uint32", "shape": [1], "data": failure * 0, "expect": failure},
         scalar("half_bytes", "uint64", distributed_hip.half_bytes(c.problem)),
         scalar("patience", "uint64", PATIENCE),
@@ -211,7 +209,7 @@ def _fill(c: Case, absent: int | None) -> None:
         scalar("share", "uint32", place.share),
         scalar("rank", "uint32", RANK),
         scalar("signature", "uint32", SIGNATURE),
-        scalar("blocks", "uint32", c.launch.grid[0]),
+        scalar("blocks", "uint32", blocks),
     ]
 
 
@@ -249,9 +247,9 @@ def _workspace(place: _Place, rank: int, parts: list[dict[str, Any]]) -> dict[st
     return {"name": f"workspace{rank}", "kind": "inout", "dtype": "uint8", "shape": [size], "parts": parts}
 
 
-def _flags(place: _Place, units: int, phase: int, ranks: list[int]) -> tuple[int, Array]:
-    """(offset, flags of the units with those of some ranks set)"""
-    flags = np.zeros((units, MOST_RANKS), np.uint64)
+def _flags(place: _Place, blocks: int, phase: int, ranks: list[int]) -> tuple[int, Array]:
+    """(offset, flags of the blocks with those of some ranks set)"""
+    flags = np.zeros((blocks, MOST_RANKS), np.uint64)
     flags[:, ranks] = SIGNATURE << 32 | place.epoch
     return FLAGS_AT + phase * PHASE_BYTES, flags
 
@@ -290,14 +288,14 @@ def _phases(place: _Place, late: bool) -> tuple[int, ...]:
     return (0,) if late or not place.gathers else (0, 1)
 
 
-def _own(place: _Place, group: _Group, units: int, absent: int | None) -> dict[str, Any]:
+def _own(place: _Place, group: _Group, blocks: int, absent: int | None) -> dict[str, Any]:
     """What the other ranks have pushed here before the launch, and the header after it."""
     others = [r for r in range(place.ranks) if r != RANK]
-    before = np.array([place.epoch - 1, 0, 0, 0], np.uint32)
-    after = np.array([place.epoch, 0, absent is not None, 0], np.uint32)
+    before = np.array([place.epoch - 1, 0, 0], np.uint32)
+    after = np.array([place.epoch, 0, absent is not None], np.uint32)
     parts = [_part("header", 0, before, data=before, expect=after)]
     for phase in (0, 1):
-        at, flags = _flags(place, units, phase, [r for r in others if r != absent])
+        at, flags = _flags(place, blocks, phase, [r for r in others if r != absent])
         parts.append(_part(f"flags{phase}", at, flags, data=flags))
     for r in others:
         parts += [part | {"data": part.pop("rows")} for part in _partials(place, group, r, RANK)]
@@ -313,12 +311,12 @@ def _own(place: _Place, group: _Group, units: int, absent: int | None) -> dict[s
     return _workspace(place, RANK, parts)
 
 
-def _other(place: _Place, group: _Group, units: int, rank: int, late: bool) -> dict[str, Any]:
+def _other(place: _Place, group: _Group, blocks: int, rank: int, late: bool) -> dict[str, Any]:
     """What this rank pushes into the workspace of another."""
     parts = []
     for phase in _phases(place, late):
-        at, before = _flags(place, units, phase, [])
-        parts.append(_part(f"flags{phase}", at, before, data=before, expect=_flags(place, units, phase, [RANK])[1]))
+        at, before = _flags(place, blocks, phase, [])
+        parts.append(_part(f"flags{phase}", at, before, data=before, expect=_flags(place, blocks, phase, [RANK])[1]))
     parts += [part | {"expect": part.pop("rows"), "compare": BITWISE} for part in _partials(place, group, RANK, rank)]
     if late:
         parts.append(_part("dead", 8, np.ones(1, np.uint32), expect=np.ones(1, np.uint32)))

@@ -19,20 +19,23 @@ RANKS = (2, 4, 8)
 SCHEDULES = ("one-shot", "two-shot")
 TARGETS = ("sm_", "gfx90a", "gfx942", "gfx950")
 MAX_BLOCKS = 1024  # peers.h:kMaxBlocks
-WHOLE = -1  # as a lag: a block does all parts of its rows
 PACK_GROUP = 256  # packed.h:kPackGroup
+# Bytes of partial sums that a rank sends, by number of ranks, from which on they travel packed. H200s, two shots, us packed and not:
+# four ranks, 8192 columns, 1024 rows (12 MB) 59.0 and 73.6, 2048 rows 106 and 117, 4096 rows 207 and 228, 8192 rows 376 and 450;
+# 8192 x 7168 338 and 396; two ranks, 1024 rows (8 MB) 42.7 and 47.2, 8192 rows 254 and 291. Data that does not pack, 8192 rows: 449.5
+# over four, 302 over two. Eight ranks were not measured.
+PACK_BYTES = {2: 8 << 20, 4: 8 << 20}
 HEADER_BYTES = 128 + 2 * MAX_BLOCKS * 8 * 8  # peers.h:Header
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """``lanes`` threads a row, ``regs`` chunks each; ``blocks`` walk over the rows."""
+    """``lanes`` threads a row, ``regs`` chunks each; ``blocks`` walk over the rows; ``packed``: the partial sums' way (packed.h)."""
 
     lanes: int
     regs: int
     blocks: int
     min_blocks: int = 1
-    lag: int = WHOLE
     packed: bool = False
 
 
@@ -47,7 +50,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
 
 
 def tuned(problem: Problem, **changes: int | None) -> Launch:
-    """The plan with other ``lanes``, ``blocks``, ``min_blocks``, ``lag`` or ``packed``; None leaves one as it is."""
+    """The plan with other ``lanes``, ``blocks``, ``min_blocks`` or ``packed``; None leaves one as it is."""
     _check(problem)
     given = {k: v for k, v in changes.items() if v is not None}
     base = _tuning(problem)
@@ -65,17 +68,9 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     units, work = compute_units(problem.target), _work(problem)
     grids = {min(work, MAX_BLOCKS, g) for g in (units, 2 * units, 3 * units, 4 * units, 6 * units)}
     found = [base, *(replace(t, blocks=g) for t in _threads(problem) for g in sorted(grids))]
-    if problem.option("schedule") == "two-shot":
-        many = min(work, MAX_BLOCKS)
-        ways = [(lag, packed) for lag in (WHOLE, 64) for packed in (False, True) if not packed or _packable(problem)]
-        found += [replace(base, blocks=many, lag=lag, packed=packed) for lag, packed in ways]
+    if _packable(problem):
+        found.append(replace(base, packed=not base.packed))
     return [(_launch(problem, t),) for t in dict.fromkeys(found)]
-
-
-def parts(launch: Launch) -> int:
-    """Blocks of a unit of rows: one, or one for each part of its way (distributed.h:TwoShot)."""
-    constants = dict(launch.constants)
-    return 1 if constants["JN_LAG"] == WHOLE else 3 if constants["JN_GATHER"] else 2
 
 
 def packed(launch: Launch) -> bool:
@@ -103,6 +98,15 @@ def _packable(problem: Problem) -> bool:
     """Whether partial sums can travel packed (packed.h)."""
     two = problem.option("schedule") == "two-shot" and problem.target.startswith("sm_")
     return two and problem.dtype("x") == "bfloat16" and problem.features % PACK_GROUP == 0
+
+
+def _packs(problem: Problem) -> bool:
+    """Whether they do by default."""
+    least = PACK_BYTES.get(problem.option("ranks"))
+    if least is None or not _packable(problem):
+        return False
+    sent = (problem.rows - _work(problem)) * problem.features * ITEMSIZE[problem.dtype("x")]
+    return sent >= least
 
 
 def tops_bytes(problem: Problem) -> int:
@@ -198,11 +202,11 @@ def _tuning(problem: Problem) -> Tuning:
     """
     threads, work, units = _threads(problem), _work(problem), compute_units(problem.target)
     if work <= units:
-        return replace(threads[0], blocks=work)
+        return replace(threads[0], blocks=work, packed=_packs(problem))
     smaller = next((t for t in threads if t.lanes <= 512), threads[-1])
     all_numbers = problem.target.startswith("sm_") and work >= 2 * MAX_BLOCKS
     blocks = MAX_BLOCKS if all_numbers else min(work, MAX_BLOCKS, 2 * units)
-    return replace(smaller, blocks=blocks, min_blocks=_resident(problem, smaller))
+    return replace(smaller, blocks=blocks, min_blocks=_resident(problem, smaller), packed=_packs(problem))
 
 
 def _resident(problem: Problem, t: Tuning) -> int:
@@ -246,7 +250,6 @@ def _shared(problem: Problem, lanes: int, packed: bool) -> int:
 
 def _launch(problem: Problem, t: Tuning) -> Launch:
     offset = float(problem.option("weight_offset"))
-    blocks = t.blocks * (1 if t.lag == WHOLE else 3 if problem.option("gather") else 2)
     constants: Constants = (
         ("JN_N", problem.features),
         ("JN_V", vector(problem)),
@@ -257,8 +260,7 @@ def _launch(problem: Problem, t: Tuning) -> Launch:
         ("JN_ONE_SHOT", problem.option("schedule") == "one-shot"),
         ("JN_GATHER", problem.option("gather")),
         ("JN_REPLICATED", problem.option("replicated")),
-        ("JN_LAG", t.lag),
-        ("JN_PACKED", bool(t.packed)),
+        ("JN_PACKED", t.packed),
         ("JN_X", _type(problem, "x")),
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),
@@ -271,7 +273,7 @@ def _launch(problem: Problem, t: Tuning) -> Launch:
         kernel=f"{SOURCE}:{STAGE}",
         inputs=("x", "residual", "weight"),
         outputs=("values", "scale", "residual_out"),
-        grid=(blocks, 1, 1),
+        grid=(t.blocks, 1, 1),
         constants=constants + _spec_constants(problem),
         scalars=(("rows", "i32", problem.rows), ("share", "i32", _ceil(problem.rows, problem.option("ranks")))),
         threads=t.lanes,

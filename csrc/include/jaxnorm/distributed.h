@@ -269,25 +269,18 @@ struct RankNorm {
 
 // Every rank works out all rows. residual is replicated, as is residual_out.
 template <int RANKS, class Work>
-JN_DEV void one_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 half_bytes, u32 rows, u32 units) {
+JN_DEV bool one_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 half_bytes, u32 rows, u32 blocks) {
   constexpr int row_bytes = Work::X_ROW;
   const u32 rank = meeting.rank;
   const u64 slot = u64(rows) * row_bytes;
-  bool good = meeting.enter();
-  if (good) {
-    for (u32 row = meeting.unit; row < rows; row += units) {
-      char* to[RANKS - 1];
+  for (u32 row = block_x(); row < rows; row += blocks) {
+    char* to[RANKS - 1];
 #pragma unroll
-      for (int d = 1; d < RANKS; ++d) to[d - 1] = meeting.half(d, half_bytes) + rank * slot + u64(row) * row_bytes;
-      copy_row<row_bytes, Work::THREADS>(to, b.x + u64(row) * row_bytes);
-    }
-    meeting.signal(0);
-    good = meeting.wait(0);
+    for (int d = 1; d < RANKS; ++d) to[d - 1] = meeting.half(d, half_bytes) + rank * slot + u64(row) * row_bytes;
+    copy_row<row_bytes, Work::THREADS>(to, b.x + u64(row) * row_bytes);
   }
-  if (!good) {
-    for (u32 row = meeting.unit; row < rows; row += units) work.poison(b, row, row, true);
-    return;
-  }
+  meeting.signal(0);
+  if (!meeting.wait(0)) return false;
   typename Work::template Source<RANKS, 1> source;
   char* mine = meeting.half(0, half_bytes);
 #pragma unroll
@@ -295,163 +288,119 @@ JN_DEV void one_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 
   source.residual = b.residual, source.out[0] = b.residual_out;
   char* const values[1] = {b.values};
   char* const scale[1] = {b.scale};
-  for (u32 row = meeting.unit; row < rows; row += units) work.row(source, values, scale, row);
+  for (u32 row = block_x(); row < rows; row += blocks) work.row(source, values, scale, row);
+  return true;
 }
 
-// The rows of rank r are r * share .. ; it works them out. GATHER: everyone gets the results. REPLICATED: of the
-// residual, too, which is then whole on every rank; else it is the rank's own rows. Row i of a share belongs to unit
-// i % units; a block does all of a unit, or one of its parts (two_shot_parts).
-template <int RANKS, bool GATHER, bool REPLICATED, class Work> struct TwoShot {
-  static constexpr int x_row = Work::X_ROW, value_row = Work::VALUE_ROW, scale_row = Work::SCALE_ROW;
-  static constexpr int r_row = Work::R_ROW, tops_row = Work::TOPS_ROW;
-  Meeting<RANKS>& meeting;
-  Work& work;
-  const Buffers& b;
-  u64 half_bytes;
-  u32 rows, share, units;
-  u8* tops_memory;  // 2 * (RANKS - 1) * tops_row bytes of shared memory
-
-  // Where things lie in a half: the partials pushed here by rank, their tops, values, scales and residual of all rows.
-  JN_DEV u64 slot() const { return u64(share) * x_row; }
-  JN_DEV u64 tops_at() const { return RANKS * slot(); }
-  JN_DEV u64 values_at() const { return tops_at() + u64(RANKS) * share * tops_row; }
-  JN_DEV u64 scale_at() const { return values_at() + u64(RANKS) * share * value_row; }
-  JN_DEV u64 residual_at() const { return scale_at() + (u64(RANKS) * share * scale_row + 15) / 16 * 16; }
-
-  JN_DEV void send() const {
-    u8* tops = tops_memory;
-    for (u32 i = meeting.unit; i < share; i += units) {
+// Row i of every other rank's share goes to its owner. tops: (RANKS - 1) * TOPS_ROW bytes of shared memory, not those of
+// the row before, so that one barrier a row is enough.
+template <int RANKS, class Work>
+JN_DEV void send_row(const Meeting<RANKS>& meeting, const char* x, u64 half_bytes, u32 rows, u32 share, u32 i,
+                     u8* tops) {
+  constexpr u32 x_row = Work::X_ROW, tops_row = Work::TOPS_ROW, pieces = max_of(1, tops_row / 16);
+  const u64 slot = u64(share) * x_row;
 #pragma unroll
-      for (int d = 1; d < RANKS; ++d) {
-        const u32 row = meeting.at(d) * share + i;
-        if (row >= rows) continue;
-        char* to = meeting.half(d, half_bytes) + meeting.rank * slot() + u64(i) * x_row;
-        const char* from = b.x + u64(row) * x_row;
-        if constexpr (tops_row > 0)
-          send_packed<Work::N, Work::THREADS>(to, tops + (d - 1) * tops_row, from);
-        else
-          copy_row<x_row, Work::THREADS>(to, from);
-      }
-      if constexpr (tops_row > 0) {
-        send_tops(tops, i);
-        tops = tops == tops_memory ? tops_memory + (RANKS - 1) * tops_row : tops_memory;
-      }
-    }
+  for (int d = 1; d < RANKS; ++d) {
+    const u32 row = meeting.at(d) * share + i;
+    if (row >= rows) continue;
+    char* to = meeting.half(d, half_bytes) + meeting.rank * slot + u64(i) * x_row;
+    if constexpr (tops_row > 0)
+      send_packed<Work::N, Work::THREADS>(to, tops + (d - 1) * tops_row, x + u64(row) * x_row);
+    else
+      copy_row<x_row, Work::THREADS>(to, x + u64(row) * x_row);
   }
-  // The tops of row i of every other rank's share, a few words behind one barrier.
-  JN_DEV void send_tops(const u8* tops, u32 i) const {
-    constexpr u32 pieces = max_of(1, tops_row / 16);
+  if constexpr (tops_row > 0) {
     barrier();
     const u32 t = thread_id();
 #pragma unroll
-    for (int d = 1; d < RANKS; ++d) {
+    for (int d = 1; d < RANKS; ++d) {  // a few pieces: those of each rank by threads of their own
       const u32 piece = t - (d - 1) * pieces;
       if (t < (d - 1) * pieces || piece >= pieces || meeting.at(d) * share + i >= rows) continue;
-      char* to = meeting.half(d, half_bytes) + tops_at() + (u64(meeting.rank) * share + i) * tops_row;
+      char* to = meeting.half(d, half_bytes) + RANKS * slot + (u64(meeting.rank) * share + i) * tops_row;
       store_bits(to + piece * 16, *(const Bits<16>*)(tops + t * 16));
     }
   }
+}
 
-  JN_DEV void work_out() const {
-    constexpr int copies = GATHER ? RANKS : 1, residual_copies = REPLICATED ? RANKS : 1;
-    const u32 rank = meeting.rank, first = rank * share;
-    typename Work::template Source<RANKS, residual_copies> source;
-    char* mine = meeting.half(0, half_bytes);
+// The rows of rank r are r * share .. ; it works them out. GATHER: everyone gets the results. REPLICATED: of the
+// residual, too, which is then whole on every rank; else it is the rank's own rows.
+template <int RANKS, bool GATHER, bool REPLICATED, class Work>
+JN_DEV bool two_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 half_bytes, u32 rows, u32 share,
+                     u32 blocks, u8* memory) {
+  constexpr int x_row = Work::X_ROW, value_row = Work::VALUE_ROW, scale_row = Work::SCALE_ROW, r_row = Work::R_ROW;
+  constexpr int copies = GATHER ? RANKS : 1, residual_copies = REPLICATED ? RANKS : 1;
+  const u32 rank = meeting.rank, first = rank * share;
+  const u64 slot = u64(share) * x_row, tops_at = RANKS * slot, values_at = tops_at + u64(RANKS) * share * Work::TOPS_ROW;
+  const u64 scale_at = values_at + u64(RANKS) * share * value_row;
+  const u64 residual_at = scale_at + (u64(RANKS) * share * scale_row + 15) / 16 * 16;
+  for (u32 i = block_x(), n = 0; i < share; i += blocks, ++n)
+    send_row<RANKS, Work>(meeting, b.x, half_bytes, rows, share, i, memory + n % 2 * (RANKS - 1) * Work::TOPS_ROW);
+  meeting.signal(0);
+  if (!meeting.wait(0)) return false;
+
+  typename Work::template Source<RANKS, residual_copies> source;
+  char* mine = meeting.half(0, half_bytes);
 #pragma unroll
-    for (int p = 0; p < RANKS; ++p) source.part[p] = u32(p) == rank ? b.x + u64(first) * x_row : mine + p * slot();
-    source.residual = b.residual + (REPLICATED ? u64(first) * r_row : 0);
-    source.rank = rank;
-    char* values[copies];
-    char* scale[copies];
+  for (int p = 0; p < RANKS; ++p) source.part[p] = u32(p) == rank ? b.x + u64(first) * x_row : mine + p * slot;
+  source.residual = b.residual + (REPLICATED ? u64(first) * r_row : 0);
+  source.rank = rank;
+  char* values[copies];
+  char* scale[copies];
 #pragma unroll
-    for (int d = 0; d < copies; ++d) {  // the result of this rank itself first
-      char* there = meeting.half(d, half_bytes);
-      const u64 from = GATHER ? first : 0;
-      values[d] = (d == 0 ? b.values : there + values_at()) + from * value_row;
-      scale[d] = (d == 0 ? b.scale : there + scale_at()) + from * scale_row;
+  for (int d = 0; d < copies; ++d) {  // the result of this rank itself first
+    char* there = meeting.half(d, half_bytes);
+    const u64 from = GATHER ? first : 0;
+    values[d] = (d == 0 ? b.values : there + values_at) + from * value_row;
+    scale[d] = (d == 0 ? b.scale : there + scale_at) + from * scale_row;
+  }
+#pragma unroll
+  for (int d = 0; d < residual_copies; ++d)
+    source.out[d] =
+        (d == 0 ? b.residual_out : meeting.half(d, half_bytes) + residual_at) + (REPLICATED ? u64(first) * r_row : 0);
+  const u32 own = first >= rows ? 0 : min_of(int(share), int(rows - first));
+  for (u32 i = block_x(); i < own; i += blocks) {
+    if constexpr (Work::TOPS_ROW > 0) {
+#pragma unroll
+      for (int p = 0; p < RANKS; ++p) source.tops[p] = mine + tops_at + (u64(p) * share + i) * Work::TOPS_ROW;
     }
+    work.row(source, values, scale, i);
+  }
+  if constexpr (!GATHER) return true;
+
+  meeting.signal(1);
+  if (!meeting.wait(1)) return false;
+  for (u32 i = block_x(); i < share; i += blocks) {
 #pragma unroll
-    for (int d = 0; d < residual_copies; ++d)
-      source.out[d] = (d == 0 ? b.residual_out : meeting.half(d, half_bytes) + residual_at()) +
-                      (REPLICATED ? u64(first) * r_row : 0);
-    const u32 own = first >= rows ? 0 : min_of(int(share), int(rows - first));
-    for (u32 i = meeting.unit; i < own; i += units) {
-      if constexpr (tops_row > 0) {
-#pragma unroll
-        for (int p = 0; p < RANKS; ++p) source.tops[p] = mine + tops_at() + (u64(p) * share + i) * tops_row;
-      }
-      work.row(source, values, scale, i);
+    for (int d = 1; d < RANKS; ++d) {
+      const u32 row = meeting.at(d) * share + i;
+      if (row >= rows) continue;
+      copy_row<value_row, Work::THREADS>(b.values + u64(row) * value_row, mine + values_at + u64(row) * value_row);
+      if constexpr (scale_row > 0)
+        copy_scales<scale_row, Work::SCALE_UNIT, Work::THREADS>(b.scale + u64(row) * scale_row,
+                                                                mine + scale_at + u64(row) * scale_row);
+      if constexpr (REPLICATED && r_row > 0)
+        copy_row<r_row, Work::THREADS>(b.residual_out + u64(row) * r_row, mine + residual_at + u64(row) * r_row);
     }
   }
+  return true;
+}
 
-  JN_DEV void gather() const {
-    const char* mine = meeting.half(0, half_bytes);
-    for (u32 i = meeting.unit; i < share; i += units) {
-#pragma unroll
-      for (int d = 1; d < RANKS; ++d) {
-        const u32 row = meeting.at(d) * share + i;
-        if (row >= rows) continue;
-        copy_row<value_row, Work::THREADS>(b.values + u64(row) * value_row, mine + values_at() + u64(row) * value_row);
-        if constexpr (scale_row > 0)
-          copy_scales<scale_row, Work::SCALE_UNIT, Work::THREADS>(b.scale + u64(row) * scale_row,
-                                                                  mine + scale_at() + u64(row) * scale_row);
-        if constexpr (REPLICATED && r_row > 0)
-          copy_row<r_row, Work::THREADS>(b.residual_out + u64(row) * r_row, mine + residual_at() + u64(row) * r_row);
-      }
-    }
-  }
-
-  // NaN for what a part, or the whole unit, would have written.
-  JN_DEV void poison(bool own, bool others) const {
-    for (u32 i = meeting.unit; i < share; i += units) {
+// The rows whose results this block would have written.
+template <int RANKS, bool ONE_SHOT, bool GATHER, bool REPLICATED, class Work>
+JN_DEV void poison(const Work& work, const Buffers& b, u32 rank, u32 rows, u32 share, u32 blocks) {
+  if constexpr (ONE_SHOT) {
+    for (u32 row = block_x(); row < rows; row += blocks) work.poison(b, row, row, true);
+  } else {
+    const u32 first = rank * share;
+    for (u32 i = block_x(); i < share; i += blocks) {
 #pragma unroll 1
       for (u32 r = 0; r < u32(RANKS); ++r) {
         const u32 row = r * share + i;
-        const bool mine = r == meeting.rank;
-        if (row >= rows || !(mine ? own : others)) continue;
-        work.poison(b, GATHER ? row : i, REPLICATED ? row : i, REPLICATED || mine);
+        if (row >= rows || (!GATHER && r != rank)) continue;
+        work.poison(b, GATHER ? row : row - first, REPLICATED ? row : i, REPLICATED || r == rank);
       }
     }
   }
-
-  // Block b does unit b, from the first part to the last.
-  JN_DEV void whole() const {
-    if (meeting.enter()) {
-      send();
-      meeting.signal(0);
-      if (meeting.wait(0)) {
-        work_out();
-        if constexpr (!GATHER) return;
-        meeting.signal(1);
-        if (meeting.wait(1)) return gather();
-      }
-    }
-    poison(true, GATHER);
-  }
-  // Many short blocks, each of which does one part of a unit: those that send wait for nobody, and by the time a block
-  // wants what another rank sends, `lag` units later, it is there. So the links are busy from start to end. A task
-  // waits for tasks that have smaller numbers on the other ranks: no launch needs all its blocks at once.
-  JN_DEV void part(u32 lag) {
-    constexpr int parts = GATHER ? 3 : 2;
-    u32 number;
-    const bool alive = meeting.enter(&number);
-    const u32 most = units / (parts - 1);
-    const Task task = task_of<parts>(number, units, lag < most ? lag : most);
-    meeting.unit = task.unit;
-    if (task.part == kSend) {
-      if (!alive) return;
-      send();
-      meeting.signal(0);
-    } else if (task.part == kWork) {
-      if (!alive || !meeting.wait(0)) return poison(true, false);
-      work_out();
-      if constexpr (GATHER) meeting.signal(1);
-    } else {
-      meeting.patience *= 2;  // whoever it waits for may have to wait first
-      if (!alive || !meeting.wait(1)) return poison(false, true);
-      gather();
-    }
-  }
-};
+}
 
 }  // namespace jaxnorm

@@ -23,11 +23,10 @@ struct Peers {
   char* base[kMaxRanks];
 };
 struct Header {
-  u32 epoch;    // of the last call that ended
-  u32 done;     // blocks that left the running call
-  u32 dead;     // a wait failed here or on another rank: every block leaves at once
-  u32 started;  // blocks that took a number in the running call
-  u32 unused[28];
+  u32 epoch;  // of the last call that ended
+  u32 done;   // blocks that left the running call
+  u32 dead;   // a wait failed here or on another rank: every block leaves at once
+  u32 unused[29];
   u64 flag[kPhases][kMaxBlocks][kMaxRanks];
 };
 constexpr u64 kHeaderBytes = (sizeof(Header) + 1023) / 1024 * 1024;
@@ -47,7 +46,6 @@ JN_DEV u64 load_relaxed(const u64* p) {
 JN_DEV void store_relaxed(u32* p, u32 v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 JN_DEV u32 load_relaxed(const u32* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 JN_DEV u32 count_up(u32* p) { return __atomic_fetch_add(p, 1u, __ATOMIC_ACQ_REL); }
-JN_DEV u32 take_number(u32* p) { return __atomic_fetch_add(p, 1u, __ATOMIC_RELAXED); }
 JN_DEV u64 ticks() { return simt::nanoseconds(); }
 JN_DEV void publish() { barrier(); }
 
@@ -78,11 +76,6 @@ JN_DEV u32 count_up(u32* p) {
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
   return before;
 }
-JN_DEV u32 take_number(u32* p) {
-  u32 before;
-  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
-  return before;
-}
 JN_DEV u64 ticks() {  // nanoseconds
   u64 t;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
@@ -111,9 +104,6 @@ JN_DEV u32 load_relaxed(const u32* p) {
 JN_DEV u32 count_up(u32* p) {
   return __hip_atomic_fetch_add((JN_GLOBAL u32*)p, 1u, __ATOMIC_ACQ_REL, __HIP_MEMORY_SCOPE_AGENT);
 }
-JN_DEV u32 take_number(u32* p) {
-  return __hip_atomic_fetch_add((JN_GLOBAL u32*)p, 1u, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
-}
 #undef JN_GLOBAL
 JN_DEV u64 ticks() { return __builtin_amdgcn_s_memrealtime(); }  // of the constant clock; the host knows its rate
 // barrier() orders shared memory alone: here every wave's writes to global memory must have arrived before it, and what
@@ -125,39 +115,6 @@ JN_DEV void publish() {
 }
 #endif
 
-// ---- which part of a call a block does
-
-// Parts of a unit of rows, in the order in which they need one another: kSend, then kWork, then kGather.
-enum Part : u32 { kSend, kWork, kGather };
-struct Task {
-  u32 part, unit;
-};
-// Of PARTS * units blocks, the task of the one that starts as number `number`: part p of a unit comes p * lag units
-// after its first part, 0 <= lag <= units / (PARTS - 1). A task needs those with smaller numbers only.
-template <int PARTS> JN_DEV Task task_of(u32 number, u32 units, u32 lag) {
-  u32 n = number;
-#pragma unroll
-  for (int s = 1; s < PARTS; ++s) {  // the first steps have s parts each
-    if (n < s * lag) return Task{n % s, (s - 1) * lag + n / s - n % s * lag};
-    n -= s * lag;
-  }
-  const u32 steps = units - (PARTS - 1) * lag;
-  if (n < PARTS * steps) {
-    const u32 part = n % PARTS;
-    return Task{part, (PARTS - 1 - part) * lag + n / PARTS};
-  }
-  n -= PARTS * steps;
-#pragma unroll
-  for (int s = PARTS - 1; s >= 1; --s) {  // the last steps lack the first parts
-    if (n < s * lag) {
-      const u32 part = PARTS - s + n % s;
-      return Task{part, units + (PARTS - 1 - s) * lag + n / s - part * lag};
-    }
-    n -= s * lag;
-  }
-  return Task{};
-}
-
 // ---- one block of one rank in one call
 
 template <int RANKS> struct Meeting {
@@ -167,7 +124,6 @@ template <int RANKS> struct Meeting {
   u64 patience;
   u32 rank, signature;
   u32* verdicts;  // in shared memory
-  u32 unit;       // whose flags this block uses
   u32 epoch;
 
   // `distance` is known to the compiler: an array that is indexed at run time goes to memory.
@@ -177,17 +133,12 @@ template <int RANKS> struct Meeting {
   }
   JN_DEV u32 at(int distance) const { return (rank + u32(distance)) % u32(RANKS); }
 
-  // False when the group is broken. number: of this block in the order in which the launch's blocks start, whatever
-  // order the hardware takes.
-  JN_DEV bool enter(u32* number = nullptr) {
+  // False when the group is broken.
+  JN_DEV bool enter() {
     epoch = load_relaxed(&header(0)->epoch) + 1u;
-    if (thread_id() == 0) {
-      verdicts[0] = load_relaxed(&header(0)->dead);
-      if (number != nullptr) verdicts[1] = take_number(&header(0)->started);
-    }
+    if (thread_id() == 0) verdicts[0] = load_relaxed(&header(0)->dead);
     barrier();
     const bool alive = verdicts[0] == 0;
-    if (number != nullptr) *number = verdicts[1];
     barrier();
     return alive;
   }
@@ -199,7 +150,7 @@ template <int RANKS> struct Meeting {
 #pragma unroll
     for (int d = 1; d < RANKS; ++d)
       if (thread_id() == u32(d)) to = header(d);
-    if (to != nullptr) store_release(&to->flag[phase][unit][rank], u64(signature) << 32 | epoch);
+    if (to != nullptr) store_release(&to->flag[phase][block_x()][rank], u64(signature) << 32 | epoch);
   }
 
   // Waits for the other ranks' signal; false, in all threads, when one did not come.
@@ -221,14 +172,13 @@ template <int RANKS> struct Meeting {
     Header* me = header(0);
     if (count_up(&me->done) == blocks - 1) {
       store_relaxed(&me->done, 0u);
-      store_relaxed(&me->started, 0u);
       store_relaxed(&me->epoch, epoch);
     }
   }
 
  private:
   JN_DEV u32 poll(int phase, u32 from) const {
-    const u64* flag = &header(0)->flag[phase][unit][from];
+    const u64* flag = &header(0)->flag[phase][block_x()][from];
     u64 start = 0;
     for (u32 n = 1;; ++n) {
       // Relaxed while it waits: an acquire empties the cache that other blocks of the unit use.
