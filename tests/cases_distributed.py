@@ -51,6 +51,16 @@ class Call:
             out["bias"] = (0.5 * rng.normal(size=self.features)).astype(dtype(self.weight or "float32"))
         return out
 
+    def unruly_inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Partial sums of many exponents in one row (they do not pack), zeros, subnormals, infinities and NaN among them."""
+        out, rng = self.inputs(seed), np.random.default_rng(seed)
+        x = out["x"]
+        x[:, 1] *= 2.0 ** rng.integers(-60, 60, x[:, 1].shape)
+        x[:, 2] *= rng.random(x[:, 2].shape) < 0.7
+        x[:, 3], x[:, 4, 5], x[0, 5, 6], x[1, 7, :256] = 0, 1e-39, np.nan, -0.0
+        x[0, 8, 9] = np.inf
+        return out
+
     def local(self, axis: Any, **more: Any) -> Any:
         """The call of one rank: arrays by name -> (result, residual_out or None)."""
         options = self.options | more

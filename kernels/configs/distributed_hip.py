@@ -20,17 +20,17 @@ SCHEDULES = ("one-shot", "two-shot")
 TARGETS = ("sm_", "gfx90a", "gfx942", "gfx950")
 MAX_BLOCKS = 1024  # peers.h:kMaxBlocks
 PACK_GROUP = 256  # packed.h:kPackGroup
-# Bytes of partial sums that a rank sends, by number of ranks, from which on they travel packed. H200s, two shots, us packed and not:
-# four ranks, 8192 columns, 1024 rows (12 MB) 59.0 and 73.6, 2048 rows 106 and 117, 4096 rows 207 and 228, 8192 rows 376 and 450;
-# 8192 x 7168 338 and 396; two ranks, 1024 rows (8 MB) 42.7 and 47.2, 8192 rows 254 and 291. Data that does not pack, 8192 rows: 449.5
-# over four, 302 over two. Eight ranks were not measured.
+# Bytes of partial sums that a rank sends, by number of ranks, from which on they travel packed. H200s, two shots, us packed and
+# not: four ranks, 8192 columns, 1024 rows (12 MiB) 59.0 and 73.6, 2048 rows 106 and 117, 4096 rows 207 and 228, 8192 rows 376 and
+# 450; 8192 x 7168 338 and 396; two ranks, 1024 rows (8 MiB) 42.7 and 47.2, 8192 rows 254 and 291. Data that does not pack, 8192
+# rows: 449.5 over four, 302 over two. Neither fewer bytes nor eight ranks were measured.
 PACK_BYTES = {2: 8 << 20, 4: 8 << 20}
 HEADER_BYTES = 128 + 2 * MAX_BLOCKS * 8 * 8  # peers.h:Header
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """``lanes`` threads a row, ``regs`` chunks each; ``blocks`` walk over the rows; ``packed``: the partial sums' way (packed.h)."""
+    """``lanes`` threads a row, ``regs`` chunks each; ``blocks`` walk over the rows; ``packed``: as packed.h says."""
 
     lanes: int
     regs: int
@@ -260,7 +260,7 @@ def _launch(problem: Problem, t: Tuning) -> Launch:
         ("JN_ONE_SHOT", problem.option("schedule") == "one-shot"),
         ("JN_GATHER", problem.option("gather")),
         ("JN_REPLICATED", problem.option("replicated")),
-        ("JN_PACKED", t.packed),
+        ("JN_PACKED", bool(t.packed)),
         ("JN_X", _type(problem, "x")),
         ("JN_RESIDUAL", _type(problem, "residual")),
         ("JN_WEIGHT", _type(problem, "weight")),

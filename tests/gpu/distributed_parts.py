@@ -85,6 +85,7 @@ def calls(ranks: int) -> list:
         Call(9, 8192, residual="float32", x="float16", **both),
         Call(5, 2048, ranks, x="float32", spec=QuantSpec("fp4", **mx), options={"cast": "before_weight"}),
         Call(1, 512, ranks, weight=None),
+        Call(1500, 8192, ranks, spec=fp8, weight="bfloat16"),  # partial sums travel packed
     ]  # fmt: skip
 
 
@@ -143,6 +144,12 @@ def part_values(ranks: int) -> None:
         check()
         composite = same(out, setup(call, mesh, impl="composite")[0](placed)) if n % 2 == 0 else "not compared"
         print(f"call {n}: right; bits of the composite: {composite}", flush=True)
+    call, outs = calls(ranks)[-1], []
+    placed = call.place(call.unruly_inputs(), mesh, "tp")
+    for packed in (1, 0):
+        with schedule.force("two-shot", packed=packed):
+            outs.append(jax.block_until_ready(setup(call, mesh, impl="fused")[0](placed)))
+    assert same(*outs), "partial sums that do not pack give other bits"
     order = list(range(ranks))[::-1]
     f, placed, arrays = setup(calls(ranks)[1], line(ranks, order), impl="fused")
     calls(ranks)[1].check(arrays, *f(placed), "permuted devices")

@@ -292,8 +292,8 @@ JN_DEV bool one_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 
   return true;
 }
 
-// Row i of every other rank's share goes to its owner. tops: (RANKS - 1) * TOPS_ROW bytes of shared memory, not those of
-// the row before, so that one barrier a row is enough.
+// Row i of every other rank's share goes to its owner. tops: (RANKS - 1) * TOPS_ROW bytes of shared memory, not those
+// of the row before, so that one barrier a row is enough.
 template <int RANKS, class Work>
 JN_DEV void send_row(const Meeting<RANKS>& meeting, const char* x, u64 half_bytes, u32 rows, u32 share, u32 i,
                      u8* tops) {
@@ -330,7 +330,8 @@ JN_DEV bool two_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 
   constexpr int x_row = Work::X_ROW, value_row = Work::VALUE_ROW, scale_row = Work::SCALE_ROW, r_row = Work::R_ROW;
   constexpr int copies = GATHER ? RANKS : 1, residual_copies = REPLICATED ? RANKS : 1;
   const u32 rank = meeting.rank, first = rank * share;
-  const u64 slot = u64(share) * x_row, tops_at = RANKS * slot, values_at = tops_at + u64(RANKS) * share * Work::TOPS_ROW;
+  const u64 slot = u64(share) * x_row, tops_at = RANKS * slot,
+            values_at = tops_at + u64(RANKS) * share * Work::TOPS_ROW;
   const u64 scale_at = values_at + u64(RANKS) * share * value_row;
   const u64 residual_at = scale_at + (u64(RANKS) * share * scale_row + 15) / 16 * 16;
   for (u32 i = block_x(), n = 0; i < share; i += blocks, ++n)
