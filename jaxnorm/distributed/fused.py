@@ -254,7 +254,8 @@ def _ffi_call(
     if "residual" in operands:
         types["residual_out"] = jax.ShapeDtypeStruct(operands["residual"].shape, operands["residual"].dtype)
     site = next(_sites)
-    what = repr((site, config, p.dtypes, launch.grid)).encode()
+    # what decides who sends what, and how
+    what = repr((site, config, p.dtypes, launch.grid, launch.constants)).encode()
     call = jax.ffi.ffi_call(_native.FUSED_TARGET, tuple(types.values()))
     out = call(
         *operands.values(),

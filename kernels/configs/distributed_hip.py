@@ -203,19 +203,22 @@ def _tuning(problem: Problem) -> Tuning:
     threads, work, units = _threads(problem), _work(problem), compute_units(problem.target)
     if work <= units:
         return replace(threads[0], blocks=work, packed=_packs(problem))
-    smaller = next((t for t in threads if t.lanes <= 512), threads[-1])
+    smaller = replace(next((t for t in threads if t.lanes <= 512), threads[-1]), packed=_packs(problem))
     all_numbers = problem.target.startswith("sm_") and work >= 2 * MAX_BLOCKS
     blocks = MAX_BLOCKS if all_numbers else min(work, MAX_BLOCKS, 2 * units)
-    return replace(smaller, blocks=blocks, min_blocks=_resident(problem, smaller), packed=_packs(problem))
+    return replace(smaller, blocks=blocks, min_blocks=_resident(problem, smaller))
 
 
 def _resident(problem: Problem, t: Tuning) -> int:
     """2 where the registers allow two blocks on a unit. 512 threads then have 64 registers, where the compiler took 72 or more for
     four ranks: it loads some partials later, and spills nothing. Four H200s, 1024 x 8192: 68 to 69 us, and 75 with one block a
-    unit; 8192 x 8192 with 264 blocks: 463 and 458, no difference. Eight ranks spilled."""
+    unit; 8192 x 8192 with 264 blocks: 463 and 458, no difference. Eight ranks spilled; packed, so did results of 16 bits and the
+    residual of everyone."""
     if not problem.target.startswith("sm_"):
         return 1
-    return 2 if _registers(t.lanes, 2) >= 24 + t.regs * _chunk_words(problem) else 1
+    wide = problem.option("spec") is None or (problem.option("replicated") and problem.has("residual"))
+    others = 40 if t.packed and wide else 24
+    return 2 if _registers(t.lanes, 2) >= others + t.regs * _chunk_words(problem) else 1
 
 
 def _spec_constants(problem: Problem) -> Constants:

@@ -20,6 +20,16 @@ template <class X, int V> struct PartBits<X, V, true> {
   using Type = Incoming<V>;
 };
 
+// A buffer of this rank and the same rows in the workspaces of COPIES - 1 other ranks. One offset for all of them:
+// their addresses are arguments of the launch and take no registers.
+template <int COPIES> struct Places {
+  char* own;
+  Peers peers;
+  u64 offset;
+  // byte: of the buffer
+  JN_DEV char* at(int d, u64 byte) const { return d == 0 ? own + byte : peers.base[d] + (offset + byte); }
+};
+
 // n = sum over ranks of their partial rows [+ residual], which is written as residual_out to COPIES places.
 template <class X, class R, int V, int RANKS, int COPIES, bool PACKED> struct RankSource {
   struct Raw {
@@ -33,24 +43,30 @@ template <class X, class R, int V, int RANKS, int COPIES, bool PACKED> struct Ra
   };
   using XType = X;
   static constexpr bool BIASED = false;
-  const char* part[RANKS];
+  // Partial rows of this rank, and of rank p at others + p * slot. Two pointers instead of RANKS: registers are short.
+  const char* own;
+  const char* others;
+  u64 slot;
   const char* residual;
-  char* out[COPIES];
-  const char* tops[PACKED ? RANKS : 1];  // of the row that is being worked out
+  Places<COPIES> out;
   u32 rank;
+  const char* tops;  // PACKED: of the row that is being worked out, those of rank p at tops + p * tops_slot
+  u32 tops_slot;
+
+  JN_DEV const char* part(int p) const { return u32(p) == rank ? own : others + p * slot; }
 
   JN_DEV Raw fetch(u64 start, u32 column, int offset) const {
     Raw raw;
     if constexpr (PACKED) raw.row = start - column, raw.column = column + offset;
 #pragma unroll
     for (int p = 0; p < RANKS; ++p) {
-      const char* at = part[p] + start * X::size + offset * X::size;
+      const char* at = part(p) + start * X::size + offset * X::size;
       if constexpr (!PACKED)
         raw.part[p] = load_chunk<X, V, true>(at);
       else if (u32(p) == rank)
         raw.part[p].load(at);
       else
-        raw.part[p].load_packed(part[p] + raw.row * X::size, tops[p], raw.column);
+        raw.part[p].load_packed(others + p * slot + raw.row * X::size, tops + p * tops_slot, raw.column);
     }
     if constexpr (R::size > 0) raw.r = load_chunk<R, V, true>(residual + start * R::size + offset * R::size);
     return raw;
@@ -61,7 +77,7 @@ template <class X, class R, int V, int RANKS, int COPIES, bool PACKED> struct Ra
     else if (u32(p) == rank)
       return raw.part[p].values();
     else
-      return raw.part[p].unpacked(part[p] + raw.row * X::size, raw.column);
+      return raw.part[p].unpacked(others + p * slot + raw.row * X::size, raw.column);
   }
   JN_DEV void values(const Raw& raw, float (&f)[V]) const {
     widen<X, V>(bits(raw, 0), f);
@@ -93,7 +109,7 @@ template <class X, class R, int V, int RANKS, int COPIES, bool PACKED> struct Ra
     if constexpr (R::size > 0) {
       const Chunk<R, V> bits = narrow<R, V>(f);
 #pragma unroll
-      for (int d = 0; d < COPIES; ++d) store_bits(out[d] + start * R::size + offset * R::size, bits);
+      for (int d = 0; d < COPIES; ++d) store_bits(out.at(d, start * R::size + offset * R::size), bits);
     }
   }
   // Rows stay in registers; this is what Row names and never calls.
@@ -110,15 +126,14 @@ template <class S, class Q, int COPIES> struct SpreadCodes {
   static constexpr int GROUPS = Q::GROUP ? S::N / (Q::GROUP ? Q::GROUP : 1) : 1;
   static constexpr int SCALE_BYTES = Q::POWER ? 1 : 4, SCALE_ROW = GROUPS * SCALE_BYTES;
   static constexpr u32 kBad = Q::POWER ? 0xffu : 0x7fc00000u;
-  char* values[COPIES];
-  char* scale[COPIES];
+  Places<COPIES> values, scale;
 
   JN_DEV void store_codes(u64 row, u32 lane, int k, bool has, const float (&q)[V]) const {
     if (!has) return;
     const Bits<V * BITS / 8> bits = encode<typename Q::Code, V>(q);
     const u64 at = row * ROW_BYTES + lane * (V * BITS / 8) + k * (S::STEP * BITS / 8);
 #pragma unroll
-    for (int d = 0; d < COPIES; ++d) store_bits(values[d] + at, bits);
+    for (int d = 0; d < COPIES; ++d) store_bits(values.at(d, at), bits);
   }
   static JN_DEV void put(char* to, u32 bits) {
     if constexpr (Q::POWER)
@@ -128,7 +143,7 @@ template <class S, class Q, int COPIES> struct SpreadCodes {
   }
   JN_DEV void store_scale(u64 row, u32 j, u32 bits) const {
 #pragma unroll
-    for (int d = 0; d < COPIES; ++d) put(scale[d] + row * SCALE_ROW + j * SCALE_BYTES, bits);
+    for (int d = 0; d < COPIES; ++d) put(scale.at(d, row * SCALE_ROW + j * SCALE_BYTES), bits);
   }
   JN_DEV void finish_row(u64, u32) const {}
 };
@@ -138,7 +153,7 @@ template <class S, class X, class W, int COPIES, bool OFFSET, bool BEFORE> struc
   static constexpr int V = S::V, ROW_BYTES = S::N * X::size;
   const char* weight;
   float offset;
-  char* y[COPIES];
+  Places<COPIES> y;
 
   JN_DEV void store(u64 row, u32 lane, int k, float (&f)[V]) const {
     if constexpr (BEFORE) widen<X, V>(narrow<X, V>(f), f);
@@ -151,7 +166,7 @@ template <class S, class X, class W, int COPIES, bool OFFSET, bool BEFORE> struc
     const Chunk<X, V> bits = narrow<X, V>(f);
     const u64 at = row * ROW_BYTES + (lane * V + k * S::STEP) * X::size;
 #pragma unroll
-    for (int d = 0; d < COPIES; ++d) store_bits(y[d] + at, bits);
+    for (int d = 0; d < COPIES; ++d) store_bits(y.at(d, at), bits);
   }
   JN_DEV void finish(u64, u32) const {}
 };
@@ -227,7 +242,7 @@ struct RankNorm {
 
   // Row `row` of the source to the same row of COPIES results.
   template <int RANKS, int RESIDUALS, int COPIES>
-  JN_DEV void row(const Source<RANKS, RESIDUALS>& source, char* const (&values)[COPIES], char* const (&scale)[COPIES],
+  JN_DEV void row(const Source<RANKS, RESIDUALS>& source, const Places<COPIES>& values, const Places<COPIES>& scale,
                   u64 row) {
     using Src = Source<RANKS, RESIDUALS>;
     const u32 lane = thread_id();
@@ -236,16 +251,11 @@ struct RankNorm {
     Row<S, Src> one{source, nullptr, row, row * N + lane * V, lane, true};
     one.issue();
     if constexpr (QUANT) {
-      SpreadCodes<S, Q, COPIES> store;
-#pragma unroll
-      for (int d = 0; d < COPIES; ++d) store.values[d] = values[d], store.scale[d] = scale[d];
+      const SpreadCodes<S, Q, COPIES> store{values, scale};
       const Weights weights{weight, nullptr, nullptr, nullptr, offset};
       Work<Src, COPIES>{one, norm, weights, store, sums + sum_bytes / 4}.run(sums, nullptr, bound, [] {});
     } else {
-      SpreadRows<S, X, W, COPIES, OFFSET, BEFORE> store;
-      store.weight = weight, store.offset = offset;
-#pragma unroll
-      for (int d = 0; d < COPIES; ++d) store.y[d] = values[d];
+      const SpreadRows<S, X, W, COPIES, OFFSET, BEFORE> store{weight, offset, values};
       finish_row<S>(one, norm, store, sums);
     }
   }
@@ -283,11 +293,9 @@ JN_DEV bool one_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 
   if (!meeting.wait(0)) return false;
   typename Work::template Source<RANKS, 1> source;
   char* mine = meeting.half(0, half_bytes);
-#pragma unroll
-  for (int p = 0; p < RANKS; ++p) source.part[p] = u32(p) == rank ? b.x : mine + p * slot;
-  source.residual = b.residual, source.out[0] = b.residual_out;
-  char* const values[1] = {b.values};
-  char* const scale[1] = {b.scale};
+  source.own = b.x, source.others = mine, source.slot = slot, source.rank = rank;
+  source.residual = b.residual, source.out.own = b.residual_out;
+  const Places<1> values{b.values, meeting.peers, 0}, scale{b.scale, meeting.peers, 0};
   for (u32 row = block_x(); row < rows; row += blocks) work.row(source, values, scale, row);
   return true;
 }
@@ -298,6 +306,7 @@ template <int RANKS, class Work>
 JN_DEV void send_row(const Meeting<RANKS>& meeting, const char* x, u64 half_bytes, u32 rows, u32 share, u32 i,
                      u8* tops) {
   constexpr u32 x_row = Work::X_ROW, tops_row = Work::TOPS_ROW, pieces = max_of(1, tops_row / 16);
+  static_assert((RANKS - 1) * pieces <= u32(Work::THREADS), "a thread for each piece of the tops");
   const u64 slot = u64(share) * x_row;
 #pragma unroll
   for (int d = 1; d < RANKS; ++d) {
@@ -341,29 +350,18 @@ JN_DEV bool two_shot(Meeting<RANKS>& meeting, Work& work, const Buffers& b, u64 
 
   typename Work::template Source<RANKS, residual_copies> source;
   char* mine = meeting.half(0, half_bytes);
-#pragma unroll
-  for (int p = 0; p < RANKS; ++p) source.part[p] = u32(p) == rank ? b.x + u64(first) * x_row : mine + p * slot;
+  source.own = b.x + u64(first) * x_row, source.others = mine, source.slot = slot, source.rank = rank;
+  source.tops_slot = share * Work::TOPS_ROW;
   source.residual = b.residual + (REPLICATED ? u64(first) * r_row : 0);
-  source.rank = rank;
-  char* values[copies];
-  char* scale[copies];
-#pragma unroll
-  for (int d = 0; d < copies; ++d) {  // the result of this rank itself first
-    char* there = meeting.half(d, half_bytes);
-    const u64 from = GATHER ? first : 0;
-    values[d] = (d == 0 ? b.values : there + values_at) + from * value_row;
-    scale[d] = (d == 0 ? b.scale : there + scale_at) + from * scale_row;
-  }
-#pragma unroll
-  for (int d = 0; d < residual_copies; ++d)
-    source.out[d] =
-        (d == 0 ? b.residual_out : meeting.half(d, half_bytes) + residual_at) + (REPLICATED ? u64(first) * r_row : 0);
+  // Row 0 is this rank's first: of what everyone gets, row `first`.
+  const u64 half = meeting.half_at(half_bytes), from = GATHER ? first : 0, residual_from = REPLICATED ? first : 0;
+  const u64 value = from * value_row, scales = from * scale_row, residual = residual_from * r_row;
+  const Places<copies> values{b.values + value, meeting.peers, half + values_at + value};
+  const Places<copies> scale{b.scale + scales, meeting.peers, half + scale_at + scales};
+  source.out = Places<residual_copies>{b.residual_out + residual, meeting.peers, half + residual_at + residual};
   const u32 own = first >= rows ? 0 : min_of(int(share), int(rows - first));
   for (u32 i = block_x(); i < own; i += blocks) {
-    if constexpr (Work::TOPS_ROW > 0) {
-#pragma unroll
-      for (int p = 0; p < RANKS; ++p) source.tops[p] = mine + tops_at + (u64(p) * share + i) * Work::TOPS_ROW;
-    }
+    source.tops = mine + tops_at + u64(i) * Work::TOPS_ROW;
     work.row(source, values, scale, i);
   }
   if constexpr (!GATHER) return true;

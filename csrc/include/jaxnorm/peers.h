@@ -128,9 +128,8 @@ template <int RANKS> struct Meeting {
 
   // `distance` is known to the compiler: an array that is indexed at run time goes to memory.
   JN_DEV Header* header(int distance) const { return (Header*)peers.base[distance]; }
-  JN_DEV char* half(int distance, u64 half_bytes) const {
-    return peers.base[distance] + kHeaderBytes + (epoch & 1u) * half_bytes;
-  }
+  JN_DEV u64 half_at(u64 half_bytes) const { return kHeaderBytes + (epoch & 1u) * half_bytes; }
+  JN_DEV char* half(int distance, u64 half_bytes) const { return peers.base[distance] + half_at(half_bytes); }
   JN_DEV u32 at(int distance) const { return (rank + u32(distance)) % u32(RANKS); }
 
   // False when the group is broken.
