@@ -6,25 +6,28 @@ Microseconds of one call of ``reduce_scatter_rmsnorm_quant_all_gather`` (bfloat1
 as the slope between two lengths of a chain: a jitted program of K calls, each of which needs codes and scales of the one before:
 they make the first element of x, which a kernel of one element writes in place; it is in every contestant's figure (``tie``: one
 more of it a call, measured the same way). That no call of a chain was merged with another is checked in the compiled program.
-Wall clock, the shortest of 30 runs of each length, in turns; their difference by the difference of the lengths: what a program
-enqueues once, and what its first kernel waits for, is in neither.
+Wall clock, in nine rounds over all contestants of a cell, each beginning with another one: the shortest of four runs of each
+length, in turns, and the difference of the two by that of the lengths: what a program enqueues once, and what its first kernel
+waits for, is in neither. A figure is the median of the rounds' slopes; ``spread_us`` has the smallest and the largest. ``fused``,
+``auto`` and one of the schedules are the same program: what they differ by is noise. (Timed one after the other, as before
+format 4, equal programs differed by up to 4 us at few rows, by 25 at 8192.)
 XLA's default flags unless XLA_FLAGS says otherwise: fused calls are then replayed in CUDA graphs, NCCL's are not. All calls read
 the same partial sums, which few rows leave in the L2 as the product before them would. Kernel durations would not do: a kernel
 that waits for another GPU is long. Each pair of ranks and features runs in a process of its own that is killed when its time is
-up; ``distributed.json`` is written after every cell, and a second run goes on from there. At the end: what the figures suggest for
-``jaxnorm/distributed/schedule.py``.
+up; it compiles all of its programs before it times the first. ``distributed.json`` is written after every cell, and a second run
+goes on from there. At the end: what the figures suggest for ``jaxnorm/distributed/schedule.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
 import os
 import pathlib
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -33,12 +36,12 @@ from typing import Any
 
 from jaxnorm._bench import store
 
-FORMAT = "jaxnorm-distributed-bench/3"
+FORMAT = "jaxnorm-distributed-bench/4"
 MAIN = (1, 16, 128, 1024, 8192)
 OTHERS = (4, 64, 256, 512, 2048, 4096, 2, 8, 32)
 LENGTHS = {1024: (8, 32), 8192: (4, 12)}
 """Calls of the two chains, up to so many rows."""
-REPEATS = 30
+ROUNDS, REPEATS = 9, 4
 LINK = 450e9
 """Bytes a second and direction of NVLink 4."""
 
@@ -132,17 +135,40 @@ def inputs(mesh: Any, rows: int, n: int) -> tuple[Any, Any]:
     return x, jax.device_put(np.linspace(0.5, 1.5, n).astype(jnp.bfloat16), NamedSharding(mesh, P()))
 
 
-def shortest(programs: list[Any], x: Any, w: Any) -> list[float]:
-    """Seconds of each program, in turns. Results are dropped before the next run, which then finds the same memory."""
+def seconds(run: Callable[[Any, Any], Any], x: Any, w: Any) -> float:
+    """Of one run. Its results are dropped before the next, which then finds the same memory."""
     import jax
 
-    best = [float("inf")] * len(programs)
-    for _ in range(REPEATS):
-        for i, run in enumerate(programs):
-            start = time.perf_counter()
-            jax.block_until_ready(run(x, w))
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
+    start = time.perf_counter()
+    jax.block_until_ready(run(x, w))
+    return time.perf_counter() - start
+
+
+def slopes(
+    pairs: dict[str, list[Any]], calls: tuple[int, int], run: Callable[[Any], float], errors: dict[str, str]
+) -> dict[str, list[float]]:
+    """Microseconds of a call in each round, by contestant: a pair of programs of ``calls`` calls. ``run`` gives the seconds
+    of a program. A contestant that fails is named in ``errors`` and runs no more."""
+    found: dict[str, list[float]] = {name: [] for name in pairs}
+    for i in range(ROUNDS):
+        start = i % max(len(pairs), 1)
+        names = [*list(pairs)[start:], *list(pairs)[:start]]
+        best = {name: [float("inf")] * 2 for name in names}
+        for _ in range(REPEATS):
+            for name in names:
+                if name in errors:
+                    continue
+                try:
+                    best[name] = [min(b, run(p)) for b, p in zip(best[name], pairs[name], strict=True)]
+                except Exception as e:
+                    errors[name] = failure(e)
+        for name in names:
+            found[name].append((best[name][1] - best[name][0]) / (calls[1] - calls[0]) * 1e6)
+    return {name: each for name, each in found.items() if name not in errors}
+
+
+def failure(e: Exception) -> str:
+    return f"{type(e).__name__}: {e}"[:600]
 
 
 def exchanges(program: Any) -> int:
@@ -156,8 +182,8 @@ def lengths(rows: int) -> tuple[int, int]:
     return next((v for limit, v in LENGTHS.items() if rows <= limit), LENGTHS[max(LENGTHS)])
 
 
-def timed(pair: list[Any], calls: tuple[int, int], x: Any, w: Any) -> tuple[float, float, tuple[Any, Any]]:
-    """Microseconds and exchanges of a call of the two chains, and the bits that the short one ends with on every rank."""
+def first(pair: list[Any], calls: tuple[int, int], x: Any, w: Any) -> tuple[float, tuple[Any, Any]]:
+    """Runs the two chains once: exchanges of a call, and the bits that the short one ends with on every rank."""
     import jax
     import numpy as np
 
@@ -168,37 +194,53 @@ def timed(pair: list[Any], calls: tuple[int, int], x: Any, w: Any) -> tuple[floa
         raise RuntimeError(f"a call has {moves} exchanges in the short chain, {other} in the long one")
     out = jax.block_until_ready(pair[0](x, w))
     last = np.asarray(out[0]).view(np.uint8), np.asarray(out[1])
-    del out
     jax.block_until_ready(pair[1](x, w))
-    less, more = shortest(pair, x, w)
     check()
-    return round((more - less) / (calls[1] - calls[0]) * 1e6, 2), moves, last
+    return moves, last
 
 
-def measure(mesh: Any, rows: int, n: int, found: list[Contestant], idle: Any = None) -> dict[str, Any]:
-    """Microseconds by contestant, and what failed. ``idle``: a context in which nothing else runs on the machine."""
+Jobs = dict[str, list["concurrent.futures.Future[Any]"]]
+"""The programs of a cell while they are compiled: both chains of each contestant."""
+
+
+def measure(mesh: Any, rows: int, n: int, jobs: Jobs) -> dict[str, Any]:
+    """One cell: microseconds by contestant, and what failed."""
+    from jaxnorm.distributed import check
+
     calls = lengths(rows)
-    times: dict[str, float] = {}
     errors: dict[str, str] = {}
     moves: dict[str, float] = {}
     last: dict[str, Any] = {}
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        programs = [(c[0], [pool.submit(compiled, c, mesh, rows, n, k) for k in calls]) for c in found]
-        concurrent.futures.wait([p for _, two in programs for p in two])
-    with idle or contextlib.nullcontext():
-        x, w = inputs(mesh, rows, n)
-        for name, two in programs:
-            try:
-                times[name], moves[name], last[name] = timed([p.result() for p in two], calls, x, w)
-            except Exception as e:
-                errors[name] = f"{type(e).__name__}: {e}"[:600]
+    pairs: dict[str, list[Any]] = {}
+    x, w = inputs(mesh, rows, n)
+    for name, two in jobs.items():
+        try:
+            pair = [p.result() for p in two]
+            moves[name], last[name] = first(pair, calls, x, w)
+            pairs[name] = pair
+        except Exception as e:
+            errors[name] = failure(e)
+    found = slopes(pairs, calls, lambda program: seconds(program, x, w), errors)
+    try:
+        check()
+    except Exception as e:  # a wait has failed: whose times it is in is not known
+        errors |= dict.fromkeys(found, failure(e))
     errors |= wrong(last)
-    for name in errors:
-        times.pop(name, None)
-    if "fused, two ties" in times and "fused" in times:
-        times["tie"] = round(times.pop("fused, two ties") - times["fused"], 2)
-    return {"rows": rows, "features": n, "ranks": mesh.devices.size, "calls": list(calls), "us": times, "errors": errors,
-            "exchanges": moves, "floor_us": {k: round(v, 2) for k, v in floor_us(rows, n, mesh.devices.size).items()}}  # fmt: skip
+    found = {name: each for name, each in found.items() if name not in errors}
+    times, spread = summary(found)
+    return {"rows": rows, "features": n, "ranks": mesh.devices.size, "calls": list(calls), "us": times, "spread_us": spread,
+            "errors": errors, "exchanges": moves,
+            "floor_us": {k: round(v, 2) for k, v in floor_us(rows, n, mesh.devices.size).items()}}  # fmt: skip
+
+
+def summary(found: dict[str, list[float]]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Median, and smallest and largest, of the rounds. The tie is what a second one adds in the same round."""
+    found = dict(found)
+    twice = found.pop("fused, two ties", None)
+    if twice and "fused" in found:
+        found["tie"] = [b - a for a, b in zip(found["fused"], twice, strict=True)]
+    middle = {name: round(statistics.median(each), 2) for name, each in found.items()}
+    return middle, {name: [round(min(each), 2), round(max(each), 2)] for name, each in found.items()}
 
 
 def wrong(last: dict[str, tuple[Any, Any]]) -> dict[str, str]:
@@ -249,10 +291,13 @@ def _line(cell: dict[str, Any]) -> str:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    return store.read_json(path) or {"format": FORMAT, "method": " ".join((__doc__ or "").split()), "cells": {}}
+    found = store.read_json(path) or {"format": FORMAT, "method": " ".join((__doc__ or "").split()), "cells": {}}
+    if found["format"] != FORMAT:
+        raise SystemExit(f"{path} is of another method ({found['format']}, this is {FORMAT}): name another --out")
+    return found
 
 
-def worker(path: pathlib.Path, ranks: int, n: int, rows: list[int], seconds: float) -> None:
+def worker(path: pathlib.Path, ranks: int, n: int, rows: list[int], budget: float) -> None:
     """The cells of one number of ranks and features, in this process."""
     import jax
     import numpy as np
@@ -262,17 +307,23 @@ def worker(path: pathlib.Path, ranks: int, n: int, rows: list[int], seconds: flo
     mesh = Mesh(np.array(jax.devices()[:ranks]), ("tp",))
     results = read(path)
     results["environment"] = store.environment()
-    for m in rows:
-        key = f"{ranks} ranks {m}x{n}"
-        if key in results["cells"]:
-            continue
-        if time.monotonic() - start > seconds:
+    todo = [m for m in rows if key(ranks, m, n) not in results["cells"]]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        cells: dict[int, Jobs] = {
+            m: {c[0]: [pool.submit(compiled, c, mesh, m, n, k) for k in lengths(m)] for c in contestants(m)}
+            for m in todo
+        }
+    for m, jobs in cells.items():
+        if time.monotonic() - start > budget:
             break
-        results["cells"][key] = measure(mesh, m, n, contestants(m))
+        cell = results["cells"][key(ranks, m, n)] = measure(mesh, m, n, jobs)
         store.write_json(path, results)
-        cell = results["cells"][key]
         errors = [f"ERROR {k}: {v[:160]}" for k, v in cell["errors"].items()]
-        print(f"{key:22s}", *(f"{k} {v:.1f}" for k, v in cell["us"].items()), *errors, flush=True)
+        print(f"{key(ranks, m, n):22s}", *(f"{k} {v:.1f}" for k, v in cell["us"].items()), *errors, flush=True)
+
+
+def key(ranks: int | str, rows: int, n: int | str) -> str:
+    return f"{ranks} ranks {rows}x{n}"
 
 
 def main() -> int:
@@ -299,7 +350,7 @@ def main() -> int:
         for n in args.features.split(","):
             for ranks in args.ranks.split(","):
                 left = args.budget_seconds - (time.monotonic() - start)
-                todo = [m for m in part if f"{ranks} ranks {m}x{n}" not in read(path)["cells"]]
+                todo = [m for m in part if key(ranks, m, n) not in read(path)["cells"]]
                 if not todo:
                     continue
                 if left < 20:

@@ -335,3 +335,44 @@ def test_an_op_sweep_replaces_the_plan_of_the_stage_it_is_about(name):
     assert module.plan(problem) == picked
     total, reads = case.bytes((33, 1024))
     assert reads == sum(a.nbytes for a in args[:-1]) and total > 1.25 * reads
+
+
+def test_distributed_contestants_are_timed_in_turns():
+    """A host that slows down from round to round favours none; equal programs agree; who fails is named, the others go on."""
+    from benchmarks import distributed
+
+    us = {"a": 20.0, "fused": 10.0, "auto": 10.0, "bad": 5.0, "fused, two ties": 12.5}
+    ran = []
+
+    def run(program):
+        name, calls = program
+        ran.append(name)
+        if name == "bad" and len(ran) > 20:
+            raise RuntimeError("boom")
+        drift = 1 + 0.5 * (len(ran) // (2 * distributed.REPEATS * len(us)))
+        return (1000 + calls * us[name] * drift) * 1e-6
+
+    errors = {}
+    pairs = {name: [(name, 8), (name, 32)] for name in us}
+    found = distributed.slopes(pairs, (8, 32), run, errors)
+    assert list(errors) == ["bad"] and "boom" in errors["bad"] and "bad" not in found
+    assert {len(each) for each in found.values()} == {distributed.ROUNDS}
+    assert ran[:10] == [name for name in us for _ in range(2)]
+    after = [n for n in ran if n != "bad"][2 * 4 * distributed.REPEATS :]
+    assert after[0] == "fused" and after[6] == "a"  # the second round begins with the second
+    middle, spread = distributed.summary(found)
+    assert middle["a"] / middle["fused"] == pytest.approx(2, rel=0.2)
+    assert middle["fused"] == pytest.approx(middle["auto"], rel=0.2)
+    assert "fused, two ties" not in middle and 1.5 < middle["tie"] < 15
+    assert all(spread[name][0] <= middle[name] <= spread[name][1] for name in middle)
+    assert distributed.slopes({}, (8, 32), run, {}) == {}
+
+
+def test_distributed_results_of_another_method_are_not_mixed(tmp_path):
+    from benchmarks import distributed
+
+    path = tmp_path / "distributed.json"
+    assert distributed.read(path)["cells"] == {}
+    path.write_text(json.dumps({"format": "jaxnorm-distributed-bench/3", "cells": {}}))
+    with pytest.raises(SystemExit, match="another --out"):
+        distributed.read(path)
