@@ -27,12 +27,13 @@ OTHERS = {"cuda": 4 << 20, "rocm": 512 << 10, "cpu": 0}
 NATIVE_BYTES = {"cuda": {2: 16 << 20, 4: 8 << 20}, "rocm": {}, "cpu": {}}
 
 # Bytes of a rank's partial sums up to which the fused kernel sends them to everyone (one exchange) instead of to their owners
-# (two). H200s (benchmarks/results/h200/distributed.json), one shot against two: two ranks 9 us against 13 at 256 KB, 14.9 against
-# 16.5 at 2 MB, 64 against 47 at 16 MB; four ranks 13.5 against 14 to 18 at 256 KB, 27 against 21 at 2 MB. Eight were not measured.
+# (two). H200s (benchmarks/results/h200/distributed.json), one shot against two: two ranks 9.4 us against 12.0 at 256 KB, 15.4
+# against 16.3 at 2 MB, 60 against 41 at 16 MB; four ranks 14.3 against 16.6 at 256 KB, 31 against 20 at 2 MB. Eight were not
+# measured.
 ONE_SHOT_BYTES = {2: 2 << 20, 4: 512 << 10, 8: 192 << 10}
 
 # Numbers of ranks for which ``impl="auto"`` takes the fused kernel: those where it was measured to beat the composite. H200s,
-# N = 8192, 1 to 8192 rows: two ranks 1.8 to 3.7 times as fast, four ranks 1.4 (8192 rows) to 3.1.
+# N = 8192, 1 to 8192 rows: two ranks 1.8 (8192 rows) to 2.7 times as fast, four ranks 1.5 (8192 rows) to 2.4.
 FUSED_RANKS = {"cuda": (2, 4), "rocm": ()}
 
 # Largest half of a workspace; a rank holds two.
