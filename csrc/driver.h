@@ -10,6 +10,7 @@
 namespace jaxnorm {
 
 constexpr int kMaxDynamicSharedSizeAttribute = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kLargeClustersAttribute = 14;        // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 constexpr int kSuccess = 0;                        // CUDA_SUCCESS, hipSuccess
 constexpr int kNotSupported = 801;                 // CUDA_ERROR_NOT_SUPPORTED
 constexpr int kOverlapDriver = 12030;  // From 12.3 on, what is recorded in a graph keeps the overlap of its launches.
@@ -71,6 +72,12 @@ class Driver {
   int RaiseShared(void* function, int64_t bytes) const {
     if (hip_) return kSuccess;
     return set_attribute_(function, kMaxDynamicSharedSizeAttribute, static_cast<int>(bytes));
+  }
+
+  // Lets a function that was compiled for clusters of more than eight blocks be launched. A driver that does not know
+  // the attribute has no such functions.
+  void AllowLargeClusters(void* function) const {
+    if (!hip_) set_attribute_(function, kLargeClustersAttribute, 1);
   }
 
   // An overlapping launch may begin while the one before it on the stream still runs, which its kernel must wait for

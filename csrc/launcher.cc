@@ -120,6 +120,7 @@ class Kernels {
       if (int status = driver.GetFunction(&function, module, std::string(c.name).c_str()))
         return Failed(
             c, "not in its code object, " + driver.Describe("cuModuleGetFunction", "hipModuleGetFunction", status));
+      driver.AllowLargeClusters(function);
       std::atomic<const Entry*>& bucket = Bucket(c);
       entry = new Entry{c.key, context, c.hip(), std::string(c.name), function, {kDefaultSharedCuda}, bucket.load()};
       bucket.store(entry, std::memory_order_release);

@@ -8,6 +8,7 @@ from mutants import Mutant
 
 REF, API = "jaxnorm/_ref/groupnorm.py", "jaxnorm/_api/groupnorm.py"
 MAPS, FORWARD, BACKWARD = (f"csrc/include/jaxnorm/groups{part}.h" for part in ("", "_fwd", "_bwd"))
+CLUSTER, CLUSTERED = "csrc/include/jaxnorm/groups_cluster.h", "tests/test_groupnorm_cluster.py -k "
 KERNELS = "kernels/groupnorm.py"
 NUMERICS = "tests/test_groupnorm.py -k "
 SIMT, TRITON = "tests/test_groupnorm_hip.py -k ", "tests/test_groupnorm_triton.py -k "
@@ -29,6 +30,10 @@ MUTANTS = (
     Mutant("one affine for a chunk", FORWARD, "fused_multiply_add(d, a[M::LAST ? i : 0], c[M::LAST ? i : 0])", "fused_multiply_add(d, a[0], c[0])", SIMT + "test_forward"),
     Mutant("a barrier less", MAPS, "+ segment % GROUPS * EACH + i % EACH;\n      });\n      barrier();", "+ segment % GROUPS * EACH + i % EACH;\n      });", SIMT + "test_forward"),
     Mutant("the last part read to its full length", MAPS, "(PART % (Q * K) == 0 || row < u32(PART)) && (S % PART == 0 || part * PART + row < u32(S));", "(PART % (Q * K) == 0 || row < u32(PART));", SIMT + "test_forward"),
+    Mutant("a neighbour's part of the cluster", CLUSTER, "cluster_put(at + 4 * (map.group(u) * M::PARTS + map.part)", "cluster_put(at + 4 * (map.group(u) * M::PARTS + (map.part ^ 1))", CLUSTERED + "values_and_bits"),
+    Mutant("the first of the steps that are held, again and again", CLUSTER, "s < Held::AGAIN ? 0 : s - Held::AGAIN", "0", CLUSTERED + "values_and_bits"),
+    Mutant("a NaN reaches its neighbour", MAPS, "exp2_fast(lesser(w * -1.44269504f, 60.f))", "exp2_fast(w * -1.44269504f)", CLUSTERED + "silu_far_out"),
+    Mutant("clusters with another order of sums for few groups", "kernels/configs/groupnorm_hip.py", "return _forward_launches(s, replace(h.cut, min_blocks=1), low=True)", "return _forward_launches(s, replace(_in_parts(s), min_blocks=1), low=True)", CLUSTERED + "plan"),
     Mutant("weight twice in the shares", BACKWARD, "sums[n] * w;", "sums[n] * w * w;", SIMT + "test_backward"),
     Mutant("bias ignored in the slope", BACKWARD, "silu_slope(fused_multiply_add(xh, w, b))", "silu_slope(xh * w)", SIMT + "test_backward"),
     Mutant("Triton: count of the last part", KERNELS, "n = tl.where(mask, tl.minimum(S - p * PART, PART), 0).to(tl.float32)", "n = tl.where(mask, PART, 0).to(tl.float32)", TRITON + "test_forward"),

@@ -39,11 +39,16 @@ _HEAD = """
 _TAIL = """
 typedef void (*Runner)(void**);
 static const Runner runners[] = {{ {runners} }};
-extern "C" int simt_run(int index, int x, int y, int threads, int bytes, int order, void** a) {{
+extern "C" int simt_run(int index, int x, int y, int threads, int bytes, int order, int cluster, void** a) {{
   const pid_t child = fork();
   if (child == 0) {{
     simt::wave = JN_WAVE;
-    simt::launch({{unsigned(x), unsigned(y)}}, threads, size_t(bytes), simt::Order(order), [=] {{ runners[index](a); }});
+    const simt::Dim3 grid{{unsigned(x), unsigned(y)}};
+    const auto kernel = [=] {{ runners[index](a); }};
+    if (cluster)
+      alarm(60), simt::launch_clusters(grid, threads, size_t(bytes), simt::Order(order), unsigned(cluster), kernel);
+    else
+      simt::launch(grid, threads, size_t(bytes), simt::Order(order), kernel);
     _exit(0);
   }}
   int status = 0;
@@ -165,8 +170,9 @@ class Kernels:
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values])
         wave = wave_size(problem.target)
         index = self._index[wave][_instance(launch, problem.target)]
+        cluster = dict(launch.constants).get("JN_CLUSTER", 0)
         status = self._library[wave].simt_run(
-            index, *launch.grid[:2], launch.threads, launch.shared, ORDERS[order], pointers
+            index, *launch.grid[:2], launch.threads, launch.shared, ORDERS[order], cluster, pointers
         )
         assert status == 0, f"{launch.kernel}: the kernel ended with status {status} (a negative one is a signal)"
 

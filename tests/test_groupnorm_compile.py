@@ -18,18 +18,27 @@ from jaxnorm._compile import triton as triton_compiler
 
 pytestmark = pytest.mark.compile
 PARTS, CHIP = replace(SD_UNET[0], silu=True), replace(SD_UNET[2], silu=True)
+LARGE = replace(SD_VAE[1], silu=True)  # in parts on sm_90 as well
 # name -> (stage, case, index of the launch)
 KERNELS = {
-    "partials-last": ("groupnorm_fwd", PARTS, 0),
-    "apply-last": ("groupnorm_fwd", PARTS, 1),
+    "partials-last": ("groupnorm_fwd", LARGE, 0),
+    "apply-last": ("groupnorm_fwd", LARGE, 1),
     "chip-last": ("groupnorm_fwd", CHIP, 0),
-    "chip-first": ("groupnorm_fwd", SD_UNET[0].first, 0),
-    "apply-first": ("groupnorm_fwd", SD_VAE[2].first, 1),
+    "chip-first": ("groupnorm_fwd", SD_UNET[1].first, 0),
+    "apply-first": ("groupnorm_fwd", Case(1, (1024, 1024), 128, 32, last=False), 1),
     "sums-last": ("groupnorm_bwd", PARTS, 0),
     "dx-last": ("groupnorm_bwd", PARTS, 1),
     "rows-first": ("groupnorm_bwd", PARTS.first, 0),
     "dx-first": ("groupnorm_bwd", PARTS.first, 1),
 }
+# sm_90: in registers, in shared memory, with and without silu; float32
+CLUSTERS = [
+    SD_UNET[0],
+    SD_UNET[1],
+    SD_UNET[6],
+    *(replace(c, silu=True) for c in (SD_UNET[1], SD_VAE[2], SD_UNET[0].first, SD_VAE[1].first)),
+    replace(PARTS, x=F32),
+]
 HIP = [(name, t) for i, name in enumerate(KERNELS) for t in ("sm_90", AMD[i % len(AMD)])]
 
 
@@ -55,6 +64,20 @@ def test_hip(name, target):
     assert case.last is False or not count["load2"] or name == "sums-last", count
 
 
+@pytest.mark.parametrize("case", CLUSTERS, ids=str)
+def test_hip_clusters(case):
+    need_compiler("sm_90")
+    problem = case.problem("groupnorm_fwd")
+    (launch,) = groupnorm_hip.plan(problem)
+    assert launch.kernel.endswith("cluster")
+    count, text = check_hip(launch, problem), machine_code(launch, problem)
+    steps, chunks = (dict(launch.constants)[n] for n in ("JN_SLOTS", "JN_K"))
+    assert count["store16"] == chunks, count
+    # from global memory to registers, or past them to shared memory
+    assert ("LDGSTS.E.BYPASS.128" in text) == (steps > 0)
+    assert "STAS" in text and "UCGABAR_WAIT" in text and "MEMBAR" not in text  # no fence of global memory
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx1100"])
 def test_hip_odd_channels_and_float32(target):
     """One channel of a group at a time; a group that straddles chunks; the plane of what the means lost."""
@@ -67,7 +90,7 @@ def test_hip_odd_channels_and_float32(target):
 
 
 def test_hip_candidates_fit():
-    for case in (PARTS, PARTS.first, CHIP, SD_VAE[0]):
+    for case in (PARTS, PARTS.first, CHIP, SD_VAE[0], SD_UNET[1], SD_VAE[0].first):
         for stage in ("groupnorm_fwd", "groupnorm_bwd"):
             problem = case.problem(stage)
             plans = groupnorm_hip.candidates(problem)

@@ -23,6 +23,7 @@ from kernel_case import CaseError, bits_differ, compare, itemsize, load
 GUARD, FILL = 512, 0xA5
 SHARED_LIMIT = 48 << 10  # CUDA: more dynamic shared memory must be asked for
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+LARGE_CLUSTERS = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 TRITON_SCRATCH = 2  # null pointers behind the last argument; other kernels do not look
 NO_BINARY = (209, 200)  # hipErrorNoBinaryForGpu, CUDA_ERROR_INVALID_IMAGE
 
@@ -136,6 +137,8 @@ class Driver:
             self(f"{prefix}ModuleGetFunction", ctypes.byref(function), module, name.encode())
             if shared > SHARED_LIMIT and not self.hip:
                 self("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, ctypes.c_int(shared))
+            if not self.hip:  # a driver that does not know it has no such functions
+                self.library.cuFuncSetAttribute(function, LARGE_CLUSTERS, ctypes.c_int(1))
         except CaseError:
             self.unload(module)
             raise

@@ -2,6 +2,7 @@
 // (kernels/configs/groupnorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Arrays
 // are dense: [batch, S, C] with channels last, [batch, C, S] with channels first.
 #include "jaxnorm/groups_bwd.h"
+#include "jaxnorm/groups_cluster.h"
 #include "jaxnorm/groups_fwd.h"
 #include "jaxnorm/rows_bwd.h"
 
@@ -20,6 +21,19 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS) groupnorm_fwd(const char* x, const
   using namespace jaxnorm;
   using Store = AffineStore<JN_MAP, JN_WEIGHT, JN_BIAS, JN_Y, JN_SILU>;
   group_norm<JN_MAP, JN_X>(x, Store{weight, bias, y}, JN_EPS, batches, JN_HAS_STATS ? stats : nullptr);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_cluster)
+// the same by clusters of JN_CLUSTER blocks, each of which holds a part of the group
+JN_ENTRY JN_CLUSTER_OF(JN_CLUSTER) JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_cluster(const char* x, const char* weight, const char* bias, unsigned long long batches, char* y,
+                      float* stats) {
+  using namespace jaxnorm;
+  static_assert(JN_MAP::PARTS == JN_CLUSTER, "a part to a block");
+  using Store = AffineStore<JN_MAP, JN_WEIGHT, JN_BIAS, JN_Y, JN_SILU>;
+  group_norm_cluster<JN_MAP, JN_X, Store, JN_SLOTS>(x, Store{weight, bias, y}, JN_EPS, batches,
+                                                    JN_HAS_STATS ? stats : nullptr);
 }
 #endif
 

@@ -1,9 +1,10 @@
 """Launches of the GroupNorm stages through ``csrc/kernels/groupnorm.hip``: what a block owns, and how a group is cut into parts.
 
-A group that a block can hold in its registers takes one launch; a larger one is cut into parts, of which one launch finds the
-statistics and a second puts them together and normalises. The cut (``part``), the lanes that share a column (``q``), the chunks
-a thread adds up in a row (``k``) fix the order of the sums: they follow from the spatial size, the channels of a group, the dtypes
-and the target alone. How many groups a block serves at once (``tile``) does not matter to the bits and may look at the batch.
+A group that a block can hold in its registers takes one launch, and so does one that a cluster of blocks can hold (sm_90,
+``_groups_cluster``); a larger one is cut into parts, of which one launch finds the statistics and a second puts them together and
+normalises. The cut (``part``), the lanes that share a column (``q``), the chunks a thread adds up in a row (``k``) fix the order of
+the sums: they follow from the spatial size, the channels of a group, the dtypes, the options and the target alone. How many groups
+a block serves at once (``tile``) does not matter to the bits and may look at the batch.
 
 The sizes follow from registers, bytes in flight and cache sizes of an H200; AMD's register files are four times as large.
 """
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
-from . import Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
+from . import Launch, Problem, Unsupported, _groups_cluster, compute_units, next_power_of_2, shared_memory, wave_size
 from ._groups import (
     Cut,
     Lines,
@@ -45,6 +47,10 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     """
     s = _check(problem)
     if problem.stage == "groupnorm_fwd":
+        if h := _groups_cluster.choose(s):
+            if _groups_cluster.fits(s, h):
+                return _groups_cluster.launches(s, h)
+            return _forward_launches(s, replace(h.cut, min_blocks=1), low=True)
         c = _forward(s)
         return _forward_launches(s, _dense(s, c), _dense(s, _resident_apply(s, c)))
     return _backward_launches(s, *_backward(s))
@@ -55,7 +61,10 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     s = _check(problem)
     found = [plan(problem)]
     others = (
-        (_forward_launches(s, c) for c in _forward_candidates(s))
+        chain(
+            (_groups_cluster.launches(s, h) for h in _groups_cluster.candidates(s)),
+            (_forward_launches(s, c) for c in _forward_candidates(s)),
+        )
         if problem.stage == "groupnorm_fwd"
         else (_backward_launches(s, *c) for c in _backward_candidates(s))
     )
@@ -212,11 +221,12 @@ def _wider(s: Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], fac
                 yield Cut(part, k, q, _tile(s, q, 640, _ceil(s.space, part), blocks))
 
 
-def _forward_launches(s: Sizes, c: Cut, normalise: Cut | None = None) -> tuple[Launch, ...]:
-    """``normalise``: the cut of the second launch, if there is one; of the same parts."""
+def _forward_launches(s: Sizes, c: Cut, normalise: Cut | None = None, low: bool = False) -> tuple[Launch, ...]:
+    """``normalise``: the cut of the second launch, if there is one; of the same parts. ``low``: what the means lost to rounding is
+    kept, as it is for float32."""
     p, (shape, threads) = s.problem, map_macros(s, c)
     batches = ("batches", "i64", s.batch)
-    low = p.dtype("x") == "float32"
+    low = low or p.dtype("x") == "float32"
     vectors = (
         *vector_types(s),
         ("JN_Y", _type(p, "y")),

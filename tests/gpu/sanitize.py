@@ -75,12 +75,15 @@ def heads_cases():
 
 
 def groupnorm_cases():
-    """Both layouts, groups on chip and in parts, groups that straddle chunks, one channel at a time, ragged parts."""
+    """Both layouts, groups on chip, by clusters and in parts, groups that straddle chunks, one channel at a time, ragged parts."""
     yield cases_groupnorm.Case(2, (5, 7), 40, 4, silu=True)
     yield cases_groupnorm.Case(2, (61, 67), 60, 6, silu=True)
     yield cases_groupnorm.Case(3, (9,), 15, 5, x="float32", weight="float32")
     yield cases_groupnorm.Case(1, (64, 70), 20, 2, last=False, silu=True)
     yield cases_groupnorm.Case(2, (5, 7, 11), 16, 2, last=False, weight="float32")
+    yield cases_groupnorm.Case(1, (50, 53), 80, 8, silu=True)
+    yield cases_groupnorm.Case(1, (64, 72), 20, 2, last=False, silu=True)
+    yield cases_groupnorm.Case(1, (33, 31), 80, 2)
 
 
 def cache_cases():

@@ -54,7 +54,8 @@ def test_large_images_and_videos(case, backend):
 
 def test_launches():
     """One call, of one kernel where a group fits on chip, of two (Triton: three) where it does not; and a kernel is the default."""
-    for case, hip, triton in ((SD_UNET[2], 1, 1), (SD_UNET[0], 2, 3), (SD_UNET[0].first, 1, 3), (SD_VAE[2], 2, 3)):
+    held = 1 if target.of_device(jax.devices()[0]) == "sm_90" else 2  # by a cluster
+    for case, hip, triton in ((SD_UNET[2], 1, 1), (SD_UNET[0], held, 3), (SD_UNET[0].first, 1, 3), (SD_VAE[0], 2, 3)):
         args = case.arrays()
         for backend, count in (("hip", hip), ("triton", triton)):
             plan = {"hip": groupnorm_hip, "triton": groupnorm_triton}[backend].plan

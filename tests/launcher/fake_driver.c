@@ -279,7 +279,13 @@ int cuDeviceGetAttribute(int* value, int attribute, int handle) {
   *value = attribute == 75 ? 9 : 0; /* compute capability 9.0 */
   return handle;
 }
+static atomic_int large_clusters;
+int fake_large_clusters(void) { return large_clusters; } /* functions that may be launched in clusters of over eight */
 int cuFuncSetAttribute(Function* f, int attribute, int value) {
+  if (attribute == 14) { /* CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, which an older driver may not know */
+    large_clusters += value == 1;
+    return kInvalidValue;
+  }
   ++raises;
   FAIL_IF_ASKED("attribute");
   if (attribute != 8 || value > kMaxShared) return kInvalidValue;

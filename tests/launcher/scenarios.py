@@ -178,6 +178,17 @@ def large_shared_memory_is_asked_for_and_never_lowered():
 
 
 @scenario("cuda")
+def large_clusters_are_allowed():
+    """Once for each function; a driver that does not know them is no obstacle."""
+    fake = Fake()
+    before, codes = fake.library.fake_large_clusters(), [code(image=b"\x7fELFcluster%d" % i) for i in range(2)]
+    calls = [jax.jit(lambda x, c=c: copy(c, x)[0]) for c in codes]
+    for call in (*calls, *calls):
+        np.testing.assert_array_equal(call(X), X)
+    assert fake.library.fake_large_clusters() - before == 2
+
+
+@scenario("cuda")
 def too_much_shared_memory():
     c = code(shared=300 << 10)
     expect(error_of(lambda x: copy(c, x), X), "kernel 'copy'", str(300 << 10), "cuFuncSetAttribute", "sm_90")

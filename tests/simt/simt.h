@@ -10,11 +10,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -135,6 +137,38 @@ inline bool any(bool b) {
   return r;
 }
 
+// Blocks of a cluster are operating-system threads.
+struct Cluster {
+  explicit Cluster(unsigned blocks) : shared(blocks) {}
+  // Returns in all of them when all have come.
+  void meet() {
+    std::unique_lock<std::mutex> lock(mutex);
+    const unsigned now = round;
+    if (++come == shared.size())
+      come = 0, ++round, all.notify_all();
+    else
+      all.wait(lock, [&] { return round != now; });
+  }
+  std::vector<unsigned char*> shared;  // memory of each
+  std::mutex mutex;
+  std::condition_variable all;
+  size_t come = 0;
+  unsigned round = 0;
+};
+inline thread_local Cluster* cluster = nullptr;
+inline thread_local bool met = false;
+
+inline void cluster_barrier() {
+  barrier();
+  if (!met) cluster->meet();  // the first thread for its block
+  met = true;
+  barrier();
+  met = false;
+}
+inline unsigned char* in_block(void* p, unsigned rank) {
+  return cluster->shared[rank] + (static_cast<unsigned char*>(p) - shared_start);
+}
+
 // For kernels that wait for other devices, which are other threads of the process with fibers of their own.
 inline void pause() { std::this_thread::yield(); }
 inline unsigned long long nanoseconds() {
@@ -195,29 +229,70 @@ inline void run_block(int threads, const std::vector<int>& order) {
   }
 }
 
-// kernel() is called once per thread of every block. Shared memory is `bytes` long: an access beyond is one beyond the
-// heap block.
-inline void launch(Dim3 grid, int threads, size_t bytes, Order how, std::function<void()> kernel) {
-  if (threads % wave) fail("a block of partial waves");
-  while (int(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
-  exchange.assign(size_t(threads), 0.f);
-  distance.assign(size_t(threads), 0);
-  body = std::move(kernel);
-  std::vector<int> order(static_cast<size_t>(threads));
-  std::iota(order.begin(), order.end(), 0);
-  if (how == Order::kReverse) std::reverse(order.begin(), order.end());
-  std::mt19937 generator(1);
-  constexpr size_t kGuard = 256;
+// kernel() is called once per thread of a block. Shared memory is `bytes` long: an access beyond is one beyond the heap
+// block.
+struct Runner {
+  int threads;
+  size_t bytes;
+  Order how;
+  std::vector<int> order;
+  std::mt19937 generator{1};
+  static constexpr size_t kGuard = 256;
+
+  Runner(int t, size_t b, Order h, const std::function<void()>& kernel)
+      : threads(t), bytes(b), how(h), order(size_t(t)) {
+    if (threads % wave) fail("a block of partial waves");
+    while (int(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
+    exchange.assign(size_t(threads), 0.f);
+    distance.assign(size_t(threads), 0);
+    body = kernel;
+    std::iota(order.begin(), order.end(), 0);
+    if (how == Order::kReverse) std::reverse(order.begin(), order.end());
+  }
+  void begin(Dim3 block) {
+    if (how == Order::kShuffled) std::shuffle(order.begin(), order.end(), generator);
+    block_index = block;
+    shared_bytes.assign(bytes + kGuard + 16, 0xff);  // 0xffffffff is a NaN
+    shared_start = shared_bytes.data() + (16 - reinterpret_cast<size_t>(shared_bytes.data()) % 16) % 16;
+  }
+  void check() const {
+    for (size_t i = 0; i < kGuard - 16; ++i)
+      if (shared_start[bytes + i] != 0xff) fail("shared memory written beyond its end");
+  }
+};
+
+inline void launch(Dim3 grid, int threads, size_t bytes, Order how, const std::function<void()>& kernel) {
+  Runner runner(threads, bytes, how, kernel);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
-      if (how == Order::kShuffled) std::shuffle(order.begin(), order.end(), generator);
-      block_index = Dim3{x, y};
-      shared_bytes.assign(bytes + kGuard + 16, 0xff);  // 0xffffffff is a NaN
-      shared_start = shared_bytes.data() + (16 - reinterpret_cast<size_t>(shared_bytes.data()) % 16) % 16;
-      run_block(threads, order);
-      for (size_t i = 0; i < kGuard - 16; ++i)
-        if (shared_start[bytes + i] != 0xff) fail("shared memory written beyond its end");
+      runner.begin(Dim3{x, y});
+      run_block(threads, runner.order);
+      runner.check();
     }
+}
+
+// Clusters of `blocks` blocks one after the other, a block to an operating-system thread.
+inline void launch_clusters(Dim3 grid, int threads, size_t bytes, Order how, unsigned blocks,
+                            const std::function<void()>& kernel) {
+  if (grid.x % blocks) fail("a grid of partial clusters");
+  Cluster together(blocks);
+  const int lanes = wave;
+  std::vector<std::thread> units;
+  for (unsigned rank = 0; rank < blocks; ++rank)
+    units.emplace_back([&, rank, lanes] {
+      wave = lanes;
+      cluster = &together;
+      Runner runner(threads, bytes, how, kernel);
+      for (unsigned b = rank; b < grid.x * grid.y; b += blocks) {
+        runner.begin(Dim3{b % grid.x, b / grid.x});
+        together.shared[rank] = shared_start;
+        together.meet();
+        run_block(threads, runner.order);
+        together.meet();
+        runner.check();
+      }
+    });
+  for (std::thread& unit : units) unit.join();
 }
 
 }  // namespace simt

@@ -41,6 +41,15 @@ static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "integer
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define JN_OVERLAP 1
 #endif
+// Blocks of a cluster: they run at the same time and reach each other's shared memory.
+#if defined(JN_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define JN_CLUSTERS 1
+#endif
+#if defined(JN_CLUSTERS) && defined(JN_NVIDIA)
+#define JN_CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define JN_CLUSTER_OF(blocks)
+#endif
 
 namespace jaxnorm {
 
@@ -67,6 +76,14 @@ template <class A, class C> struct Select<false, A, C> {
   using Type = C;
 };
 
+// Exponentials and reciprocals take a unit with an eighth of the lanes: other instructions that spare one are worth it.
+// AMD's have a quarter, and what spares one costs as much.
+#if defined(JN_AMD)
+constexpr bool kSlowReciprocal = false;
+#else
+constexpr bool kSlowReciprocal = true;
+#endif
+
 JN_DEV float bits_f32(u32 u) { return __builtin_bit_cast(float, u); }
 JN_DEV u32 f32_bits(float f) { return __builtin_bit_cast(u32, f); }
 
@@ -76,6 +93,24 @@ JN_DEV float fused_multiply_add(float a, float b, float c) {
   return fmaf(a, b, c);
 #else
   return __builtin_fmaf(a, b, c);
+#endif
+}
+
+// The lesser of two values, b where a is a NaN, and the greater, where a NaN stays one.
+JN_DEV float lesser(float a, float b) {
+#if defined(JN_NVIDIA)
+  return fminf(a, b);
+#else
+  return __builtin_fminf(a, b);
+#endif
+}
+JN_DEV float at_least(float a, float b) {
+#if defined(JN_NVIDIA)
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return a < b ? b : a;
 #endif
 }
 
@@ -97,6 +132,14 @@ JN_DEV unsigned char* shared_memory() { return simt::shared(); }
 JN_DEV float reciprocal_sqrt(float v, float = 0.f) { return 1.f / __builtin_sqrtf(v); }
 JN_DEV float exp2_fast(float v) { return __builtin_exp2f(v); }
 JN_DEV float reciprocal_fast(float v) { return 1.f / v; }
+JN_DEV void cluster_begin(u64*, int) {}
+JN_DEV void cluster_begun() { simt::cluster_barrier(); }
+JN_DEV void cluster_expect(u64*, u32) {}
+JN_DEV void cluster_put(float* p, u64*, u32 rank, float a, float b, float c, float d) {
+  float* to = (float*)simt::in_block(p, rank);
+  to[0] = a, to[1] = b, to[2] = c, to[3] = d;
+}
+JN_DEV void cluster_wait(u64*, u32) { simt::cluster_barrier(); }
 
 #elif defined(JN_NVIDIA)
 JN_DEV u32 thread_id() { return threadIdx.x; }
@@ -113,6 +156,48 @@ JN_DEV unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
 }
+#if defined(JN_CLUSTERS)
+// Four floats at a time from each block of a cluster to the shared memory of others, which wait until all have come. A
+// barrier of the cluster with release and acquire in place of this fences all of global memory.
+//   cluster_begin   in all threads, before anything else
+//   cluster_begun   all blocks have begun, in all threads, before the first cluster_put
+//   cluster_expect  by one thread, for each round: so many bytes will come. `ready` is 8 bytes of shared memory
+//   cluster_put     v to the place p of block `rank`
+//   cluster_wait    all that others put here in a round is there; rounds counted from 0
+JN_DEV u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+JN_DEV void cluster_begin(u64* ready, int count) {
+  if (thread_id() == 0) {
+    for (int i = 0; i < count; ++i)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(shared_address(ready + i)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+  }
+  asm volatile("barrier.cluster.arrive.relaxed;" : : : "memory");
+}
+JN_DEV void cluster_expect(u64* ready, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(shared_address(ready)), "r"(bytes)
+               : "memory");
+}
+JN_DEV void cluster_begun() { asm volatile("barrier.cluster.wait.acquire;" : : : "memory"); }
+JN_DEV void cluster_put(float* p, u64* ready, u32 rank, float a, float b, float c, float d) {
+  u32 to, done;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(p)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(done) : "r"(shared_address(ready)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               :
+               : "r"(to), "f"(a), "f"(b), "f"(c), "f"(d), "r"(done)
+               : "memory");
+}
+JN_DEV void cluster_wait(u64* ready, u32 round) {
+  u32 there = 0;
+  while (there == 0)
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(there)
+                 : "r"(shared_address(ready)), "r"(round & 1)
+                 : "memory");
+}
+#endif
 // v is NaN or at least `least`. Where that constant is a normal number, what takes subnormal ones for zero gives the
 // same bits and spares the scaling around it.
 JN_DEV float reciprocal_sqrt(float v, float least = 0.f) {

@@ -86,8 +86,8 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
   // one thread for each group and part
   JN_DEV bool owns(int u) const { return live && q == 0 && (j * V + u * U) % CG == 0; }
 
-  // v[n][u]: sums of a unit's chunks -> sums over its group; with OWNERS for the threads q = 0 alone.
-  template <int N, bool OWNERS = false> JN_DEV void totals(float (&v)[N][UNITS], float* memory) const {
+  // v[n][u]: sums of a unit's chunks -> sums over its group, for the threads q < OWNERS at least.
+  template <int N, int OWNERS = Q> JN_DEV void totals(float (&v)[N][UNITS], float* memory) const {
     const bool mine = Q * J == THREADS || q < u32(Q);
     if (mine) {
 #pragma unroll
@@ -105,7 +105,7 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
         sums[n * WIDTH + column] = sum;
       }
       barrier();
-      if (OWNERS ? q != 0 : !mine) return;
+      if (OWNERS < Q ? q >= u32(OWNERS) : !mine) return;
 #pragma unroll
       for (int n = 0; n < N; ++n) group_sums(sums + n * WIDTH, v[n], 1.f);
     } else {
@@ -195,7 +195,7 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
     v[0][0] *= 1.f / first_count();
   }
 
-  template <int N, bool OWNERS = false> JN_DEV void totals(float (&v)[N][1], float* memory) const {
+  template <int N, int OWNERS = 1> JN_DEV void totals(float (&v)[N][1], float* memory) const {
     constexpr int slots = next_power_of_2(WAVES);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -244,7 +244,24 @@ template <class W> JN_DEV float load_channel(const char* w, u32 channel, float m
 
 // 1 / (1 + exp(-v))
 JN_DEV float sigmoid(float v) { return reciprocal_fast(1.f + exp2_fast(v * -1.44269504f)); }
-JN_DEV float silu(float v) { return v * sigmoid(v); }
+// silu of the values of a chunk. U values side by side are neighbours whatever the chunk: so are pairs of them, which
+// share a reciprocal where the slow instructions are what it waits for. Below -60 ln 2, where silu is 0 to 1e-16, it is
+// taken there: the product stays finite. A NaN is kept from its neighbour.
+template <int U, int V> JN_DEV void silu_of(float (&f)[V]) {
+  if constexpr (kSlowReciprocal && U % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      const float v = at_least(f[i], -41.5888f), w = at_least(f[i + 1], -41.5888f);
+      const float a = 1.f + exp2_fast(lesser(v * -1.44269504f, 60.f)),
+                  b = 1.f + exp2_fast(lesser(w * -1.44269504f, 60.f));
+      const float r = reciprocal_fast(a * b);
+      f[i] = v * (r * b), f[i + 1] = w * (r * a);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) f[i] *= sigmoid(f[i]);
+  }
+}
 // silu'(v)
 JN_DEV float silu_slope(float v) {
   const float s = sigmoid(v);

@@ -53,8 +53,8 @@ template <class M, class W, class B, class Y, bool SILU> struct AffineStore {
         const float d = f[i] - m[i / M::U];
         f[i] = M::LAST ? fused_multiply_add(d, a[M::LAST ? i : 0], c[M::LAST ? i : 0])
                        : fused_multiply_add(d, scale, shift);
-        if constexpr (SILU) f[i] = silu(f[i]);
       }
+      if constexpr (SILU) silu_of<M::U>(f);
       store_bits(y + map.at(step, k) * Y::size, narrow<Y, V>(f));
     }
   }
@@ -191,7 +191,7 @@ template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, 
     if (s + 1 < M::STEPS) ahead.issue(map, x, s + 1);
     add_deviations(map, step, s, pivot, v);
   }
-  map.template totals<2, true>(v, memory + M::sum_floats(1));
+  map.template totals<2, 1>(v, memory + M::sum_floats(1));
   save_part<LOW>(map, pivot, v, partials);
 }
 
