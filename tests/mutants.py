@@ -47,7 +47,7 @@ MUTANTS: tuple[Mutant, ...] = (
            NUMERICS + "out-f32"),
     Mutant("sum of a row by jnp.sum", REF, "row_sum(n * n, axes) / features + eps", "jnp.sum(n * n, -1, keepdims=True) / features + eps",
            "tests/test_batch_invariance.py"),
-    Mutant("psum of dw forgotten", SHARDING, "jax.lax.psum(o, summed[name]).astype(dtype) if summed.get(name) else o", "o", "tests/test_sharding.py -k rows_sharded"),
+    Mutant("psum of dw forgotten", SHARDING, "jax.lax.psum(o, summed[name]).astype(dtype) if summed.get(name) else o", "o.astype(dtype)", "tests/test_sharding.py -k rows_sharded"),
     Mutant("psum of dw doubled", SHARDING, "jax.lax.psum(o, summed[name]).astype(dtype) if summed.get(name) else o",
            "jax.lax.psum(o, summed[name]).astype(dtype) * 2 if summed.get(name) else o", "tests/test_sharding.py -k rows_sharded"),
     Mutant("leading dims folded outside", OP, "    return tuple(_partitioned(call, len(call.lead(operands[0].shape)))(*operands))",
