@@ -361,16 +361,6 @@ def real_file() -> gguf_file.GGUFFile:
     return gguf_file.GGUFFile(gguf_file.packaged_path())
 
 
-def test_real_tokenizer():
-    """Same ids as transformers' tokenizer of the same file; decoding gives the text back."""
-    tokenizer = Tokenizer.from_gguf(real_file())
-    cases = [(case["text"], case["ids"]) for case in reference()["tokenizer"]]
-    cases += [(case["prompt"], case["prompt_ids"]) for case in reference()["prompts"].values()]
-    for text, ids in cases:
-        assert tokenizer.encode(text) == ids, text
-        assert tokenizer.decode(ids[1:]) == text.replace("\u2581", " ")
-
-
 @pytest.fixture(scope="module")
 def real() -> tuple[model.Params, model.Config, Tokenizer]:
     """The packaged model in float32, loaded once."""
@@ -379,12 +369,21 @@ def real() -> tuple[model.Params, model.Config, Tokenizer]:
     return model.load(file, config, jnp.dtype("float32")), config, Tokenizer.from_gguf(file)
 
 
+def test_real_tokenizer(real):
+    """Same ids as transformers' tokenizer of the same file; decoding gives the text back."""
+    tokenizer = real[2]
+    cases = [(case["text"], case["ids"]) for case in reference()["tokenizer"]]
+    cases += [(case["prompt"], case["prompt_ids"]) for case in reference()["prompts"].values()]
+    for text, ids in cases:
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids[1:]) == text.replace("\u2581", " ")
+
+
 def check_reference(params: model.Params, config: model.Config, backends: list[str | None], others: list[str]) -> None:
     """Greedy ids equal and top logits within LOGIT_TOLERANCE; the backends agree on all logits.
 
     The keys and values are cached in float32: LOGIT_TOLERANCE is that of a float32 model, which rounding them to bfloat16 exceeds
-    a hundredfold without changing a token (tests/test_gemma_cache.py). The first backend runs every prompt, the others those
-    named in `others`.
+    a hundredfold without changing a token (check_caches). The first backend runs every prompt, the others those named in `others`.
     """
     np.testing.assert_array_equal(params.first_norm[:2], [16.0, 16.875])
     prompts = reference()["prompts"]
@@ -409,7 +408,7 @@ def check_reference(params: model.Params, config: model.Config, backends: list[s
 @pytest.mark.timeout(600)
 def test_real_weights(real, monkeypatch):
     monkeypatch.setattr(generate, "LARGEST_CHUNK", 128)  # Half the padding, and more chunks.
-    check_reference(*real[:2], [None, "xla"], ["plain"])
+    check_reference(*real[:2], [None], [])
 
 
 def check_quantised(real: tuple, quant: str, dtype: str) -> None:
@@ -445,3 +444,35 @@ def test_real_weights_on_gpu(real):
     required = os.environ.get("JAXNORM_REQUIRE", "").split(",")
     assert all(name in usable for name in ("triton", "hip") if name in required)
     check_reference(*real[:2], [None, *usable], list(reference()["prompts"]))
+
+
+def check_caches(real: tuple) -> None:
+    """Seen on a CPU: top-1 100 % (bf16), 95.6 % (fp8), 97.1 % (int8); rms error 0.012, 0.19, 0.19 of 5.58, largest 0.18, 3.8,
+    1.7."""
+    params, config, tokenizer = real
+    found = comparison.compare_caches(params, config, tokenizer.encode(comparison.TEXT))
+    for kind, (top1, rms, largest) in {
+        "bf16": (0.985, 0.01, 0.6),
+        "fp8": (0.9, 0.06, 8),
+        "int8": (0.92, 0.06, 5),
+    }.items():
+        c = found[kind]
+        print(f"{kind}: {c}")
+        assert c.positions == 137 and c.top1 >= top1
+        assert 0 < c.rms_error < rms * c.rms_logit and c.largest_error < largest
+    case = reference()["prompts"]["plain"]
+    generator = Generator(params, config, prompt_tokens=len(case["prompt_ids"]), max_tokens=len(case["greedy_ids"]))
+    assert [step.token for step in generator(case["prompt_ids"])] == case["greedy_ids"]
+
+
+@pytest.mark.timeout(600)
+def test_real_weights_and_caches(real):
+    check_caches(real)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_real_weights_and_caches_on_gpu(real):
+    for backend in (name for name, info in jaxnorm.backends().items() if info.usable):
+        with jaxnorm.use_backend(backend):
+            check_caches(real)
