@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import needs
 import numpy as np
 import oracle_groupnorm as oracle
@@ -14,6 +16,7 @@ from jaxnorm.kernels.configs import groupnorm_hip
 
 Cut, Cluster = groupnorm_hip.Cut, clusters.Cluster
 STAGE, TARGET = "groupnorm_fwd", "sm_90"
+ORDER = ("JN_PART", "JN_Q", "JN_K")
 # (case, ways to compute it that differ in nothing that matters to the bits); the first one also by two launches
 ENTRIES = [
     (  # a ragged part
@@ -80,9 +83,14 @@ def test_plan(last):
     few = Case(2, (64, 64), 20, 2, last=last, silu=True)  # chunks of four channels
     assert kernels(few) == (["partials", "apply"] if last else ["cluster"])
     if last:
-        order = lambda c: {n: dict(c.constants).get(n) for n in ("JN_PART", "JN_Q", "JN_K")}  # noqa: E731
-        whole, parts = (groupnorm_hip.plan(c.problem(STAGE))[0] for c in (case, few))
-        assert order(whole) == order(parts) and dict(parts.constants)["JN_LOW"]
+        plans = [groupnorm_hip.plan(c.problem(STAGE))[0] for c in (case, few, replace(case, batch=16))]
+        whole, parts, many = ({n: dict(k.constants).get(n) for n in (*ORDER, "JN_TILE", "JN_LOW")} for k in plans)
+        assert all(whole[n] == other[n] for n in ORDER for other in (parts, many)) and parts["JN_LOW"]
+        assert whole["JN_TILE"] < many["JN_TILE"]  # few examples: tiles for all units
+        for slow in (Case(2, (32, 32), 960, 32), Case(2, (16, 16), 1920, 32), Case(4, (128, 128), 320, 32)):
+            assert kernels(slow) == ["cluster"] and kernels(replace(slow, silu=True)) == ["partials", "apply"]
+        for channels in (12, 48):  # groups narrower than 16 bytes, whatever a chunk of this image is
+            assert kernels(Case(2, (64, 64), channels, channels // 6, silu=True)) == ["partials", "apply"]
 
 
 def test_silu_far_out(kernels):

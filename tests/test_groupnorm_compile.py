@@ -17,14 +17,14 @@ from test_hip_compile import AMD, assert_no_spills, machine_code, need_compiler
 from jaxnorm._compile import triton as triton_compiler
 
 pytestmark = pytest.mark.compile
-PARTS, CHIP = replace(SD_UNET[0], silu=True), replace(SD_UNET[2], silu=True)
+PARTS, CHIP = replace(SD_UNET[0], silu=True), replace(SD_UNET[3], silu=True)
 LARGE = replace(SD_VAE[1], silu=True)  # in parts on sm_90 as well
 # name -> (stage, case, index of the launch)
 KERNELS = {
     "partials-last": ("groupnorm_fwd", LARGE, 0),
     "apply-last": ("groupnorm_fwd", LARGE, 1),
     "chip-last": ("groupnorm_fwd", CHIP, 0),
-    "chip-first": ("groupnorm_fwd", SD_UNET[1].first, 0),
+    "chip-first": ("groupnorm_fwd", SD_UNET[2].first, 0),
     "apply-first": ("groupnorm_fwd", Case(1, (1024, 1024), 128, 32, last=False), 1),
     "sums-last": ("groupnorm_bwd", PARTS, 0),
     "dx-last": ("groupnorm_bwd", PARTS, 1),
@@ -36,7 +36,7 @@ CLUSTERS = [
     SD_UNET[0],
     SD_UNET[1],
     SD_UNET[6],
-    *(replace(c, silu=True) for c in (SD_UNET[1], SD_VAE[2], SD_UNET[0].first, SD_VAE[1].first)),
+    *(replace(c, silu=True) for c in (*SD_UNET[:3], SD_VAE[2], SD_UNET[1].first, SD_UNET[0].first, SD_VAE[1].first)),
     replace(PARTS, x=F32),
 ]
 HIP = [(name, t) for i, name in enumerate(KERNELS) for t in ("sm_90", AMD[i % len(AMD)])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from . import Launch, shared_memory
+from . import Launch, compute_units, shared_memory
 from ._groups import Cut, Sizes, block_count, map_macros, part_count, sum_bytes, vector_types
 from ._hip import MAX_THREADS, _ceil, _grid, _itemsize, _round_up, _type
 
@@ -41,14 +41,14 @@ def choose(s: Sizes) -> Cluster | None:
 
 
 def _first(s: Sizes) -> Cluster | None:
-    """Channels first, groups of 64 KB to 2 MB: in registers up to 80 KB, 10 KB to a block.
+    """Channels first, groups of 40 KB to 2 MB: in registers up to 80 KB, 10 KB to a block.
 
-    *H200*, this and two launches (or one by a block to a group): 2x320x64x64 5.3 us and 6.2, with SiLU 6.2 and 7.5 (four blocks of
-    256 threads 6.7); 8x640x64x64 23.0 and 35.1 (blocks of 1024 threads 26.7); with SiLU 2x256x256x256 43.3 and 55.5,
-    1x128x512x512, of which a block holds seven steps of eight, 49.1 and 55.8."""
-    if not 4096 < s.chunks <= 131072 or s.v != s.wide:
+    *H200*, this and two launches (or one by a block to a group): 2x640x32x32 4.0 us and 4.3, with SiLU 4.5 and 4.9; 2x320x64x64
+    5.3 and 6.1, with SiLU 6.0 and 7.5 (four blocks of 256 threads 6.5); 8x640x64x64 23.2 and 32.4; with SiLU 2x256x256x256 43.3
+    and 53.6, 1x128x512x512, of which a block holds seven steps of eight, 50.5 and 53.1."""
+    if not 2560 <= s.chunks <= 131072 or s.v != s.wide:
         return None
-    part = _ceil(s.chunks, 8 if s.chunks <= 10240 else 16)
+    part = _ceil(s.chunks, 4 if s.chunks <= 2560 else 8 if s.chunks <= 10240 else 16)
     q, most, blocks = (128, 5, 8) if part <= 1280 else (256, 4, 3) if part <= 4096 else (512, 2, 2)
     steps = _ceil(part, q * most)
     c = Cut(part, _ceil(part, q * steps), q, min_blocks=blocks)
@@ -58,24 +58,40 @@ def _first(s: Sizes) -> Cluster | None:
 def _last(s: Sizes) -> Cluster | None:
     """Channels last, up to 128x128 positions, in tiles of about 80 channels.
 
-    *H200*, this and two launches (or one by a block to a group): 2x32x32x640 in registers 4.7 us and 7.7; 2x64x64x320 in eight
-    blocks 7.0 and 8.1 (in sixteen 7.6), in registers 7.9; 8x64x64x640 in sixteen 26.3 and 44.4 (in eight 28.1), with SiLU 30.3 and
-    46.1; 16x64x64x320 29.7 and 42.2; 4x128x128x320, half of it fetched again, 34.7 and 41.3; with SiLU 2x128x128x512 26.3 and
-    30.4. With SiLU 1x512x512x128 109.9 and 73.0, 1x256x256x512 75.0 and 61.2."""
-    large, silu = s.space * s.group > 49152, bool(s.problem.option("silu"))
-    if s.space <= 1024:
-        parts, q, k, chunks, threads = 8, *((32, 4) if silu else (16, 8)), 10, 640  # 64 values and silu's do not fit
+    *H200*, this and two launches (or one by a block to a group): 2x16x16x1280 3.2 us and 3.6, with SiLU 3.7 and 4.0; 2x16x16x1920
+    4.8 and 6.2; 2x32x32x640 4.8 and 7.7, with SiLU 5.4 (in tiles of 80 channels 5.8) and 6.2; 2x64x64x320 7.2 and 8.0,
+    16x64x64x320 27.6 (32 threads to a column 30.0) and 39.8, 8x64x64x640 26.1 (26.6) and 42.0; 2x128x128x512 23.2 (in tiles of 64
+    channels 24.3) and 26.0, with SiLU 25.9 and 27.6; 4x128x128x320, half of it fetched again, 34.3 and 36.5. With SiLU
+    1x512x512x128 109.9 and 73.0, 1x256x256x512 75.0 and 61.2."""
+    silu, small = bool(s.problem.option("silu")), s.space <= 256 and 1280 <= s.chunks <= 2560
+    if small:
+        parts, q, k, chunks, threads = 4, 16, 4, 10, 320
+    elif s.space <= 1024:  # 64 values of a thread and silu's do not fit
+        parts, q, k, chunks, threads = (8, 32, 4, 10, 640) if silu else (8, 16, 8, 10, 640)
     elif s.space <= 4096:
-        parts, q, k, chunks, threads = (16, 32, 2, 10, 1280) if large or silu else (8, 32, 4, 10, 640)
+        parts, q, k, chunks, threads = (16, 32, 2, 10, 1280) if silu else (16, 16, 4, 10, 640)
     else:
-        parts, q, k, chunks, threads = (16, 64, 4, 5, 768) if silu else (16, 32, 4, 10, 640)
-    if s.chunks <= 2560 or s.space > 16384 or s.u % 2 or q * s.columns > MAX_THREADS // 2:
+        parts, q, k, chunks, threads = (16, 64, 4, 5, 768) if s.columns <= 2 else (16, 32, 4, 10, 640)
+    if (not small and (s.chunks <= 2560 or s.space > 16384)) or s.u % 2 or q * s.columns > MAX_THREADS // 2:
+        return None
+    if silu and _slow_with_silu(s):
         return None
     part = _ceil(s.space, parts)
     steps = _ceil(part, q * k)
     c = Cut(part, _ceil(part, q * steps), q, _tile(s, chunks))
+    if silu and not small and s.space <= 4096 and block_count(s, c) <= compute_units(s.problem.target):
+        # with SiLU 2x64x64x320: 8.1 us in tiles of 40 channels, 8.7 of 80, two launches 8.5; 16x64x64x320: 35.3, 33.8, 42.4
+        c, threads = replace(c, tile=_tile(s, 5)), min(threads, 960)
     c = replace(c, min_blocks=max(1, threads // map_macros(s, c)[1]))
     return Cluster(c) if s.space <= 1024 else _ring(s, c)
+
+
+def _slow_with_silu(s: Sizes) -> bool:
+    """Channels last: groups whose tiles are wide, where blocks are too large for several to a unit; beyond 64x64 positions those
+    that straddle chunks; groups narrower than a chunk were not measured.
+
+    *H200*, with SiLU, this and two launches: 2x32x32x960 11.0 us and 8.4, 2x16x16x1920 7.3 and 6.2, 4x128x128x320 44.3 and 38.7."""
+    return s.group < s.wide or s.columns > (5 if s.space <= 4096 else 2)
 
 
 def _tile(s: Sizes, chunks: int) -> int:

@@ -173,6 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.families.split(","):
         FAMILIES[name](arguments.backend, arguments.full)
+    print("all done", flush=True)
 
 
 if __name__ == "__main__":
