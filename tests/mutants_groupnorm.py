@@ -9,6 +9,10 @@ from mutants import Mutant
 REF, API = "jaxnorm/_ref/groupnorm.py", "jaxnorm/_api/groupnorm.py"
 MAPS, FORWARD, BACKWARD = (f"csrc/include/jaxnorm/groups{part}.h" for part in ("", "_fwd", "_bwd"))
 CLUSTER, CLUSTERED = "csrc/include/jaxnorm/groups_cluster.h", "tests/test_groupnorm_cluster.py -k "
+CLUSTER_BACKWARD, CLUSTERED_BACKWARD = (
+    "csrc/include/jaxnorm/groups_bwd_cluster.h",
+    "tests/test_groupnorm_cluster_bwd.py -k ",
+)
 KERNELS = "kernels/groupnorm.py"
 NUMERICS = "tests/test_groupnorm.py -k "
 SIMT, TRITON = "tests/test_groupnorm_hip.py -k ", "tests/test_groupnorm_triton.py -k "
@@ -32,6 +36,7 @@ MUTANTS = (
     Mutant("the last part read to its full length", MAPS, "(PART % (Q * K) == 0 || row < u32(PART)) && (S % PART == 0 || part * PART + row < u32(S));", "(PART % (Q * K) == 0 || row < u32(PART));", SIMT + "test_forward"),
     Mutant("a neighbour's part of the cluster", CLUSTER, "cluster_put(at + 4 * (map.group(u) * M::PARTS + map.part)", "cluster_put(at + 4 * (map.group(u) * M::PARTS + (map.part ^ 1))", CLUSTERED + "values_and_bits"),
     Mutant("the first of the steps that are held, again and again", CLUSTER, "s < Held::AGAIN ? 0 : s - Held::AGAIN", "0", CLUSTERED + "values_and_bits"),
+    Mutant("an example's shares go to the first one's blocks", CLUSTER_BACKWARD, "example * M::PARTS + map.thread, v[0][0]", "map.thread, v[0][0]", CLUSTERED_BACKWARD + "values_and_bits"),
     Mutant("a NaN reaches its neighbour", MAPS, "exp2_fast(lesser(w * -1.44269504f, 60.f))", "exp2_fast(w * -1.44269504f)", CLUSTERED + "silu_far_out"),
     Mutant("clusters with another order of sums for few groups", "kernels/configs/groupnorm_hip.py", "return _forward_launches(s, replace(h.cut, min_blocks=1), low=True)", "return _forward_launches(s, replace(_in_parts(s), min_blocks=1), low=True)", CLUSTERED + "plan"),
     Mutant("weight twice in the shares", BACKWARD, "sums[n] * w;", "sums[n] * w * w;", SIMT + "test_backward"),

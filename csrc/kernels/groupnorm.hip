@@ -2,6 +2,7 @@
 // (kernels/configs/groupnorm_hip.py sets and explains them); JN_ENTRY_<name> selects the one kernel to compile. Arrays
 // are dense: [batch, S, C] with channels last, [batch, C, S] with channels first.
 #include "jaxnorm/groups_bwd.h"
+#include "jaxnorm/groups_bwd_cluster.h"
 #include "jaxnorm/groups_cluster.h"
 #include "jaxnorm/groups_fwd.h"
 #include "jaxnorm/rows_bwd.h"
@@ -91,5 +92,41 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
   }
   group_bwd_dx<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_SHARES>(x, dy, weight, bias, stats, shares,
                                                                                    batches, dx, JN_ADDERS);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_bwd_cluster)
+// dx, dweight and dbias [C] from x, dy and the saved stats, by clusters that have all examples of a group
+JN_ENTRY JN_CLUSTER_OF(JN_CLUSTER) JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_bwd_cluster(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                          unsigned long long batches, char* dx, char* dweight, char* dbias) {
+  using namespace jaxnorm;
+  using Gradients = VectorGradients<JN_C, 1, JN_DWEIGHT, JN_DBIAS>;
+  static_assert(ClusterShape<JN_MAP, JN_EXAMPLES>::BLOCKS == JN_CLUSTER, "a part to a block");
+  group_bwd_cluster<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_EXAMPLES, JN_HAS_PARTIALS, JN_SHARED>(
+      x, dy, weight, bias, stats, batches, dx, Gradients{dweight, dbias}, nullptr);
+}
+#endif
+#if defined(JN_ENTRY_groupnorm_bwd_cluster_part)
+// dx and partials [batch, 2, C] (or null), by clusters that have one example of a group
+JN_ENTRY JN_CLUSTER_OF(JN_CLUSTER) JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_bwd_cluster_part(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                               unsigned long long batches, char* dx, float* partials) {
+  using namespace jaxnorm;
+  using Gradients = VectorGradients<JN_C, 1, JN_DWEIGHT, JN_DBIAS>;
+  static_assert(ClusterShape<JN_MAP, JN_EXAMPLES>::BLOCKS == JN_CLUSTER, "a part to a block");
+  group_bwd_cluster<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_EXAMPLES, JN_HAS_PARTIALS, JN_SHARED>(
+      x, dy, weight, bias, stats, batches, dx, Gradients{nullptr, nullptr}, partials);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_bwd_add)
+// dweight and dbias [C] from partials [programs, 2, C], in a fixed order
+JN_ENTRY JN_BOUNDS(JN_THREADS, 1)
+    groupnorm_bwd_add(const float* partials, unsigned programs, char* dweight, char* dbias) {
+  using namespace jaxnorm;
+  using Gradients = VectorGradients<JN_C, JN_ADD_V, JN_DWEIGHT, JN_DBIAS>;
+  wait_for_launch_before();
+  add_partials<2 * JN_C, JN_ADD_V, JN_COLUMNS, JN_SLICES>(partials, programs, block_x(), Gradients{dweight, dbias});
 }
 #endif

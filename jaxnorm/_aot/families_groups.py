@@ -188,11 +188,31 @@ def backward_dx(c: Case) -> None:
         shares = np.zeros((im.batch * im.groups, 2, c.constant("JN_SHARES")))
         shares[..., 0] = np.moveaxis(means[:, :, :: im.group], 2, 1).reshape(-1, 2) * (im.space * im.group)
         c.given("shares", shares.reshape(c.shape("shares")))
+    _expect_dx(c, im, g, means)
+    if c.writes("dweight") or c.writes("dbias"):  # hip
+        vectors(c)
+
+
+def _expect_dx(c: Case, im: Image, g: Array, means: Array) -> None:
     along, plain = means[:, 0, None], means[:, 1, None]
     dx = im.rstd[:, None] * (g * im.weight - plain - im.xh * along)
     c.expect("dx", im.image(dx, "dx"), compare=_close(dx, c.problem.dtype("dx")))
-    if c.writes("dweight") or c.writes("dbias"):  # hip
-        vectors(c)
+
+
+def backward_cluster(c: Case) -> None:
+    """dx, and dweight and dbias or what each example adds to them."""
+    im = Image(c)
+    im.give_stats()
+    g = im.gradient()
+    _expect_dx(c, im, g, _means(im, g))
+    terms = np.stack([g * im.xh, g], 1)  # [B, 2, S, C]
+    bound = float(2.0**-19 * np.abs(terms).sum(2).max())
+    if c.writes("partials"):
+        c.expect("partials", terms.sum(2), compare={"mode": "close", "rtol": 1e-5, "atol": bound})
+    for i, name in enumerate(("dweight", "dbias")):
+        if c.writes(name):
+            how = {"mode": "close", "rtol": 1e-5 + UNIT[c.problem.dtype(name)], "atol": bound * im.batch}
+            c.expect(name, terms[:, i].sum((0, 1)), compare=how)
 
 
 def vectors(c: Case) -> None:
@@ -211,7 +231,8 @@ def _planned(fill: Any) -> Kernel:
 
 KERNELS: dict[str, Kernel] = {
     **{f"groupnorm.hip:groupnorm_{n}": _planned(f) for n, f in (
-        ("fwd", forward), ("partials", partials), ("apply", forward), ("bwd_sums", backward_sums), ("bwd_dx", backward_dx))},
+        ("fwd", forward), ("partials", partials), ("apply", forward), ("bwd_sums", backward_sums), ("bwd_dx", backward_dx),
+        ("bwd_cluster", backward_cluster), ("bwd_cluster_part", backward_cluster), ("bwd_add", vectors))},
     **{f"groupnorm:groupnorm_{n}": _planned(f) for n, f in (
         ("fwd", forward), ("partials", partials), ("combine", combine), ("apply", forward), ("bwd_sums", backward_sums),
         ("bwd_combine", backward_combine), ("bwd_dx", backward_dx), ("bwd_reduce", vectors))},

@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 
-from . import Launch, Problem, Unsupported, _groups_cluster, compute_units, next_power_of_2, shared_memory, wave_size
+from . import (
+    Launch,
+    Problem,
+    Unsupported,
+    _groups_cluster,
+    _groups_cluster_bwd,
+    compute_units,
+    next_power_of_2,
+    shared_memory,
+    wave_size,
+)
 from ._groups import (
     Cut,
     Lines,
@@ -53,6 +63,8 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
             return _forward_launches(s, replace(h.cut, min_blocks=1), low=True)
         c = _forward(s)
         return _forward_launches(s, _dense(s, c), _dense(s, _resident_apply(s, c)))
+    if h := _groups_cluster_bwd.choose(s):
+        return _groups_cluster_bwd.launches(s, h, _groups_cluster_bwd.examples(s, h))
     return _backward_launches(s, *_backward(s))
 
 

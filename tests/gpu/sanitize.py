@@ -84,6 +84,7 @@ def groupnorm_cases():
     yield cases_groupnorm.Case(1, (50, 53), 80, 8, silu=True)
     yield cases_groupnorm.Case(1, (64, 72), 20, 2, last=False, silu=True)
     yield cases_groupnorm.Case(1, (33, 31), 80, 2)
+    yield cases_groupnorm.Case(2, (32, 32), 60, 6, last=False, silu=True)  # backward by clusters of both examples
 
 
 def cache_cases():
