@@ -80,6 +80,8 @@ class Driver:
         self(f"{prefix}ModuleGetFunction", ctypes.byref(function), module, code.name.encode())
         if code.shared > 48 << 10 and not self.hip:
             self("cuFuncSetAttribute", function, 8, ctypes.c_int(code.shared))  # MAX_DYNAMIC_SHARED_SIZE_BYTES
+        if not self.hip:  # clusters of more than 8 blocks
+            self("cuFuncSetAttribute", function, 14, ctypes.c_int(1))  # NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         buffers, numbers, values = iter(pointers), iter(scalars), []
         for kind in layout + "nn":
             if kind in "pn":
