@@ -69,7 +69,7 @@ def test_the_report_has_every_kernel() -> None:
     found = {
         launch.kernel for s in report.SUBJECTS for b in s.backends for _, launch in report.launches(s, "gfx942", b)
     }
-    assert found == set(bundle.KERNELS)
+    assert found == {name for name, kernel in bundle.KERNELS.items() if not kernel.clusters}
 
 
 def test_the_baseline_is_clean() -> None:

@@ -112,6 +112,15 @@ def test_every_kernel_of_the_hip_plans_agrees_with_its_case() -> None:
     check_hip(found, "gfx942")
 
 
+def test_the_kernels_of_clusters_agree_with_their_cases() -> None:
+    found = one_each([i for i in everything("hip", "sm_90") if bundle.KERNELS[i.launch.kernel].clusters])
+    assert {i.launch.kernel for i in found} >= {
+        "groupnorm.hip:groupnorm_cluster",
+        "groupnorm.hip:groupnorm_bwd_cluster",
+    }
+    check_hip(found, "sm_90")
+
+
 def test_every_kernel_of_the_triton_plans_agrees_with_its_case() -> None:
     found = [i for i in one_each(everything("triton", "sm_90")) if not is_large(i)]
     assert {i.launch.kernel for i in found} >= {"rmsnorm:rmsnorm_fwd", "rmsnorm:rmsnorm_bwd", "quant:quant_fwd"}
@@ -134,7 +143,8 @@ def test_the_bundle_covers_every_op_dtype_and_quantisation() -> None:
     """Also that every kernel has an entry: bundle.case raises without one."""
     for backend in ("hip", "triton"):
         found = everything(backend, "gfx942")
-        hip_only = {k for k in bundle.KERNELS if ".hip:" in k} - {families_ranks.KERNEL}  # that in test_aot_ranks.py
+        hip_only = {k for k, kernel in bundle.KERNELS.items() if ".hip:" in k and not kernel.clusters}
+        hip_only -= {families_ranks.KERNEL}  # that in test_aot_ranks.py
         known = hip_only if backend == "hip" else {k for k in bundle.KERNELS if ".hip:" not in k}
         assert {i.launch.kernel for i in found} == known
         stages = {i.problem.stage for i in found}

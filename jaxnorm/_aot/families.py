@@ -121,6 +121,8 @@ class Kernel:
     """Makes a launch small where none of this says how."""
     more: tuple[tuple[str, Fill], ...] = ()
     """Further cases of the same code object: (what is in their names, how they are filled)."""
+    clusters: bool = False
+    """Planned for targets whose blocks form clusters (sm_90), for no other."""
 
 
 # RMSNorm and LayerNorm, forward

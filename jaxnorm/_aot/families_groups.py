@@ -225,14 +225,15 @@ def vectors(c: Case) -> None:
             c.expect(name, partial[:, i].sum(0), compare=bound | {"rtol": 1e-5 + UNIT[c.problem.dtype(name)]})
 
 
-def _planned(fill: Any) -> Kernel:
-    return Kernel(fill, as_planned=True)
+def _planned(fill: Any, clusters: bool = False) -> Kernel:
+    return Kernel(fill, as_planned=True, clusters=clusters)
 
 
 KERNELS: dict[str, Kernel] = {
     **{f"groupnorm.hip:groupnorm_{n}": _planned(f) for n, f in (
-        ("fwd", forward), ("partials", partials), ("apply", forward), ("bwd_sums", backward_sums), ("bwd_dx", backward_dx),
-        ("bwd_cluster", backward_cluster), ("bwd_cluster_part", backward_cluster), ("bwd_add", vectors))},
+        ("fwd", forward), ("partials", partials), ("apply", forward), ("bwd_sums", backward_sums), ("bwd_dx", backward_dx))},
+    **{f"groupnorm.hip:groupnorm_{n}": _planned(f, clusters=True) for n, f in (
+        ("cluster", forward), ("bwd_cluster", backward_cluster), ("bwd_cluster_part", backward_cluster), ("bwd_add", vectors))},
     **{f"groupnorm:groupnorm_{n}": _planned(f) for n, f in (
         ("fwd", forward), ("partials", partials), ("combine", combine), ("apply", forward), ("bwd_sums", backward_sums),
         ("bwd_combine", backward_combine), ("bwd_dx", backward_dx), ("bwd_reduce", vectors))},

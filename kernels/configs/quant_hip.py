@@ -170,8 +170,9 @@ def _in_plenty(problem: Problem) -> Forward | None:
 def _walking(problem: Problem, quarter: int) -> Ahead | None:
     """Blocks that walk, one row ahead, where they were measured to win over one row a block.
 
-    *H200*, mxfp4: 8192x4096 512 threads a compute unit with eight chunks each and the weight in registers 1.096, 1024 threads with
-    four chunks 1.141, one row a block 1.210; 8192x8192 1.045, 1.080 and 1.144.
+    *H200*, mxfp4, 512 threads a compute unit with the weight in registers, or 1024 threads with four chunks each. 8192x8192: eight
+    chunks and one row ahead 1.045, 1024 threads 1.080, one row a block 1.144. 8192x4096: four chunks and two rows ahead 1.052,
+    eight chunks and one row 1.089, 1024 threads 1.141, one row a block 1.156.
     """
     fp4, wave = problem.option("spec").dtype == "fp4", wave_size(problem.target)
     ahead = _ahead(problem, 4) if fp4 or (_group(problem) and quarter > 128 and quarter & (quarter - 1)) else None
@@ -182,7 +183,8 @@ def _walking(problem: Problem, quarter: int) -> Ahead | None:
     if fp4 and fits and not rest and eighth % wave == 0 and 64 <= eighth <= 128:
         blocks = 512 // eighth
         grid = blocks * compute_units(problem.target)
-        return replace(ahead, lanes=eighth, regs=8, min_blocks=blocks, early=True, depth=1, blocks=grid)
+        eight = replace(ahead, lanes=eighth, regs=8, min_blocks=blocks, early=True, depth=1, blocks=grid)
+        return replace(eight, lanes=128, regs=4, min_blocks=4, depth=2, blocks=grid // 2) if eighth == 64 else eight
     return replace(ahead, depth=1)
 
 
@@ -227,6 +229,9 @@ def _one_turn(problem: Problem) -> Forward:
         lanes = MAX_THREADS
     # H200, rmsnorm_quant fp8 16x8192: 512 threads with two chunks 2.13 us, 1024 threads 2.24.
     most = 512 if _nvidia(problem) and chunks <= 2 * 512 else MAX_THREADS
+    # H200, add_rmsnorm_quant mxfp4 16x4096: 256 threads with two chunks 1.95 us, 512 threads 1.98.
+    if most == 512 and chunks == 512 and problem.has("residual") and problem.option("spec").dtype == "fp4":
+        most = 256
     room = compute_units(problem.target) * 1024
     while lanes < min(most, _round_up(chunks, wave)) and problem.rows * lanes * 2 <= room:
         lanes = min(most, _round_up(min(chunks, lanes * 2), wave))
