@@ -11,13 +11,17 @@ namespace jaxnorm {
 
 constexpr int kMaxDynamicSharedSizeAttribute = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kLargeClustersAttribute = 14;        // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+constexpr int kUnitsAttribute = 16;                // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kTogetherAttribute = 95;             // CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 constexpr int kSuccess = 0;                        // CUDA_SUCCESS, hipSuccess
+constexpr int kNoRoom = 720;                       // CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE
 constexpr int kNotSupported = 801;                 // CUDA_ERROR_NOT_SUPPORTED
 constexpr int kOverlapDriver = 12030;  // From 12.3 on, what is recorded in a graph keeps the overlap of its launches.
 
 // CUlaunchAttribute and CUlaunchConfig.
 struct LaunchAttribute {
-  static constexpr int kOverlap = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+  static constexpr int kTogether = 2;  // CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+  static constexpr int kOverlap = 6;   // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
   alignas(8) int id;
   alignas(8) char value[64];
 };
@@ -80,18 +84,37 @@ class Driver {
     if (!hip_) set_attribute_(function, kLargeClustersAttribute, 1);
   }
 
-  // An overlapping launch may begin while the one before it on the stream still runs, which its kernel must wait for
-  // (griddepcontrol.wait). An ordinary one where the driver has no such thing.
+  // Blocks of a function that the current device has room for at the same time, its limit of shared memory being raised
+  // already; 0 where they cannot be launched together or nobody can tell.
+  int64_t BlocksAtOnce(void* function, int64_t threads, int64_t shared) const {
+    int device = 0, together = 0, units = 0, blocks = 0;
+    if (!launch_config_ || !occupancy_ || !current_device_ || !device_attribute_) return 0;
+    if (current_device_(&device) || device_attribute_(&together, kTogetherAttribute, device) || !together ||
+        device_attribute_(&units, kUnitsAttribute, device) ||
+        occupancy_(&blocks, function, static_cast<int>(threads), static_cast<size_t>(shared)))
+      return 0;
+    return int64_t{units} * blocks;
+  }
+
+  // An ordinary launch; one that may begin while the one before it on the stream still runs, which its kernel must wait
+  // for (griddepcontrol.wait); or one whose blocks all run at the same time.
+  enum class Kind { kOrdinary, kOverlapping, kTogether };
+
+  // Overlapping is an ordinary launch where the driver has no such thing; together is none then: kNoRoom or
+  // kNotSupported ask for other kernels.
   int Launch(void* function, const int64_t* grid, int64_t threads, int64_t shared, void* stream, void** params,
-             bool overlaps) const {
+             Kind kind) const {
     const unsigned x = static_cast<unsigned>(grid[0]), y = static_cast<unsigned>(grid[1]),
                    z = static_cast<unsigned>(grid[2]), block = static_cast<unsigned>(threads),
                    bytes = static_cast<unsigned>(shared);
-    if (overlaps && launch_config_ != nullptr) {
-      LaunchAttribute attribute{LaunchAttribute::kOverlap, {1}};
+    const bool together = kind == Kind::kTogether;
+    if (together ? launch_config_ != nullptr : kind == Kind::kOverlapping && can_overlap_) {
+      LaunchAttribute attribute{together ? LaunchAttribute::kTogether : LaunchAttribute::kOverlap, {1}};
       const LaunchConfig config{{x, y, z}, {block, 1, 1}, bytes, stream, &attribute, 1};
-      if (int status = launch_config_(&config, function, params, nullptr); status != kNotSupported) return status;
+      const int status = launch_config_(&config, function, params, nullptr);
+      if (together || status != kNotSupported) return status;
     }
+    if (together) return kNotSupported;
     return launch_(function, x, y, z, block, 1, 1, bytes, stream, params, nullptr);
   }
 
@@ -129,8 +152,11 @@ class Driver {
       int (*version)(int*) = nullptr;
       int number = 0;
       Find(library, "cuDriverGetVersion", &version, false);
-      if (version && version(&number) == kSuccess && number >= kOverlapDriver)
-        Find(library, "cuLaunchKernelEx", &launch_config_, false);
+      Find(library, "cuLaunchKernelEx", &launch_config_, false);
+      can_overlap_ = launch_config_ && version && version(&number) == kSuccess && number >= kOverlapDriver;
+      Find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", &occupancy_, false);
+      Find(library, "cuCtxGetDevice", &current_device_, false);
+      Find(library, "cuDeviceGetAttribute", &device_attribute_, false);
       Find(library, "cuFuncSetAttribute", &set_attribute_);
       Find(library, "cuCtxGetCurrent", &get_context_);
       Find(library, "cuCtxGetId", &get_context_id_, false);
@@ -163,6 +189,7 @@ class Driver {
   }
 
   const bool hip_;
+  bool can_overlap_ = false;
   std::string error_;
   int (*load_module_)(void**, const void*) = nullptr;
   int (*get_function_)(void**, void*, const char*) = nullptr;
@@ -170,6 +197,9 @@ class Driver {
                  void**) = nullptr;
   int (*launch_config_)(const LaunchConfig*, void*, void**, void**) = nullptr;
   int (*set_attribute_)(void*, int, int) = nullptr;
+  int (*occupancy_)(int*, void*, int, size_t) = nullptr;
+  int (*current_device_)(int*) = nullptr;
+  int (*device_attribute_)(int*, int, int) = nullptr;
   int (*get_device_)(int*) = nullptr;
   int (*get_context_)(void**) = nullptr;
   int (*get_context_id_)(void*, unsigned long long*) = nullptr;

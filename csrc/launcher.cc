@@ -31,7 +31,7 @@ using Str = std::string_view;
 using Ints = ffi::Span<const int64_t>;
 
 // Attributes or exported symbols changed: raise it here and in jaxnorm/_native.py, so that an old binary says so.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 constexpr size_t kMaxParams = 64;
 constexpr size_t kMaxBuffers = 128;  // of a call site, scratch between its launches included
@@ -52,6 +52,9 @@ struct Call {
   Ints buffers;   // of each p of the layout: which of the call site's operands and results
   int64_t key;    // digest of image, name and target, so that a launch need not read the image
   bool overlaps;  // it may begin before the launch before it, of this call site, has ended
+  // n > 0: it has n blocks, which wait for one another; left out where the device has no room for them at the same
+  // time. -n: it stands in for the launch of n before it, and is left out where that is there.
+  int64_t meeting;
 
   bool hip() const { return target.substr(0, 3) == "gfx"; }
   bool empty_grid() const { return grid[0] == 0 || grid[1] == 0 || grid[2] == 0; }
@@ -64,7 +67,7 @@ struct Site {
   Str name, target;
   Ints grid, threads, shared;
   Str layout;
-  Ints scalars, buffers, key, overlaps;
+  Ints scalars, buffers, key, overlaps, meeting;
 
   // Calls f on every launch until one fails.
   template <typename F> ffi::Error Each(F&& f) const;
@@ -87,6 +90,11 @@ ffi::Error Failed(const Call& c, const std::string& what) {
 // says when the last recorded graph that holds a function is gone.
 class Kernels {
  public:
+  // How many blocks of a function a device has room for at once, by their size: an image may serve several.
+  struct Room {
+    int64_t threads, shared, blocks;
+    const Room* next;
+  };
   struct Entry {
     int64_t key;
     uint64_t context;  // Driver::Current
@@ -94,7 +102,16 @@ class Kernels {
     std::string name;
     void* function;
     std::atomic<int64_t> shared_limit;
+    std::atomic<const Room*> rooms;  // of launches whose blocks meet
     const Entry* next;
+
+    const Room* RoomOf(const Call& c) const {
+      const Room* room = rooms.load(std::memory_order_acquire);
+      while (room != nullptr && (room->threads != c.threads || room->shared != c.shared)) room = room->next;
+      return room;
+    }
+    // Whether a launch finds what Load makes.
+    bool Serves(const Call& c) const { return c.shared <= shared_limit && (c.meeting <= 0 || RoomOf(c) != nullptr); }
   };
 
   static Kernels& Get() {
@@ -110,7 +127,7 @@ class Kernels {
   }
 
   // Loads the code object on the device of `context` if it is not there yet, and finds the function with room for the
-  // dynamic shared memory.
+  // dynamic shared memory; where blocks meet, how many have room at once.
   ffi::Error Load(const Driver& driver, const Call& c, uint64_t context) {
     std::lock_guard<std::mutex> lock(mutex_);
     Entry* entry = const_cast<Entry*>(Find(c, context));
@@ -122,7 +139,8 @@ class Kernels {
             c, "not in its code object, " + driver.Describe("cuModuleGetFunction", "hipModuleGetFunction", status));
       driver.AllowLargeClusters(function);
       std::atomic<const Entry*>& bucket = Bucket(c);
-      entry = new Entry{c.key, context, c.hip(), std::string(c.name), function, {kDefaultSharedCuda}, bucket.load()};
+      entry = new Entry{c.key,     context,      c.hip(), std::string(c.name), function, {kDefaultSharedCuda},
+                        {nullptr}, bucket.load()};
       bucket.store(entry, std::memory_order_release);
     }
     // Call sites share the function, so its limit only ever goes up.
@@ -131,6 +149,10 @@ class Kernels {
         return Failed(
             c, "too much shared memory, " + driver.Describe("cuFuncSetAttribute", "hipFuncSetAttribute", status));
       entry->shared_limit = c.shared;
+    }
+    if (!entry->Serves(c)) {
+      const int64_t blocks = driver.BlocksAtOnce(entry->function, c.threads, c.shared);
+      entry->rooms.store(new Room{c.threads, c.shared, blocks, entry->rooms}, std::memory_order_release);
     }
     return ffi::Error::Success();
   }
@@ -190,8 +212,9 @@ template <typename F> ffi::Error Site::Each(F&& f) const {
                                        std::to_string(got) + " sizes, expected " + std::to_string(expected));
   };
   if (grid.size() != 3 * count) return wrong("grid", grid.size(), 3 * count);
-  for (const auto& [attribute, got] : {std::pair{"shared", shared.size()}, std::pair{"image_sizes", image_sizes.size()},
-                                       std::pair{"key", key.size()}, std::pair{"overlaps", overlaps.size()}})
+  for (const auto& [attribute, got] :
+       {std::pair{"shared", shared.size()}, std::pair{"image_sizes", image_sizes.size()}, std::pair{"key", key.size()},
+        std::pair{"overlaps", overlaps.size()}, std::pair{"meeting", meeting.size()}})
     if (got != count) return wrong(attribute, got, count);
   for (size_t i = 0; i < count; ++i) {
     const Str word = TakeWord(&left.layout);
@@ -210,7 +233,8 @@ template <typename F> ffi::Error Site::Each(F&& f) const {
            {},
            {},
            key[i],
-           overlaps[i] != 0};
+           overlaps[i] != 0,
+           meeting[i]};
     left.image.remove_prefix(image_sizes[i]);
     c.scalars = Take(&left.scalars, last ? left.scalars.size() : std::min(values, left.scalars.size()));
     c.buffers = Take(&left.buffers, last ? left.buffers.size() : std::min(pointers, left.buffers.size()));
@@ -234,6 +258,9 @@ ffi::Error CheckSizes(const Call& c) {
       return Wrong(c, "grid[" + std::to_string(i) + "]: got " + std::to_string(c.grid[i]) + ", expected 0 to " +
                           std::to_string(limits[i]) + (c.hip() ? " (HIP)" : " (CUDA)"));
   }
+  if (const int64_t blocks = c.grid[0] * c.grid[1] * c.grid[2]; c.meeting > 0 && c.meeting != blocks)
+    return Wrong(c, "meeting: got " + std::to_string(c.meeting) + ", expected its " + std::to_string(blocks) +
+                        " blocks, which all wait for one another");
   return ffi::Error::Success();
 }
 
@@ -272,6 +299,20 @@ ffi::Error CheckLayout(const Call& c, size_t present) {
   return ffi::Error::Success();
 }
 
+// A launch whose blocks meet is followed by those that stand in for it, so that its results are always computed.
+ffi::Error CheckMeeting(const Site& site) {
+  const size_t count = site.meeting.size();
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t n = site.meeting[i], before = i > 0 ? site.meeting[i - 1] : 0,
+                  after = i + 1 < count ? site.meeting[i + 1] : 0;
+    if (n > 0 ? after == -n : n == 0 || before == n || before == -n) continue;
+    return ffi::Error::InvalidArgument("jaxnorm: kernel '" + std::string(site.name) + "': meeting[" +
+                                       std::to_string(i) + "]: got " + std::to_string(n) + ", expected " +
+                                       std::to_string(-n) + (n > 0 ? " behind it" : " before it"));
+  }
+  return ffi::Error::Success();
+}
+
 // Keeps no state: XLA would want its type registered before the handlers, and JAX hands over what was registered before
 // its GPU plugin started in the other order, so that the plugin would fail to start.
 ffi::Error Instantiate(const Call& c) {
@@ -289,24 +330,31 @@ ffi::Error Initialize(const Call& c) {
   if (int status = driver.Current(&context))
     return Failed(c, "no current device, " + driver.Describe("cuCtxGetCurrent", "hipGetDevice", status));
   const Kernels::Entry* entry = Kernels::Get().Find(c, context);
-  if (entry != nullptr && c.shared <= entry->shared_limit) return ffi::Error::Success();
+  if (entry != nullptr && entry->Serves(c)) return ffi::Error::Success();
   return Kernels::Get().Load(driver, c, context);
 }
 
 using Buffers = std::array<void*, kMaxBuffers>;
 
-// `first`: nothing of the call site has been launched yet. What other calls put on the stream is never overlapped: the
-// kernel may read its operands before it waits for the launch before it.
-ffi::Error Launch(void* stream, const Call& c, Buffers& buffers, size_t present, bool* first) {
+// What of a call site has been launched so far.
+struct Progress {
+  bool first = true;      // Nothing. What other calls put on the stream is never overlapped: the kernel may read its
+                          // operands before it waits for the launch before it.
+  bool left_out = false;  // The last launch whose blocks meet had no room: those that stand in for it follow.
+};
+
+ffi::Error Launch(void* stream, const Call& c, Buffers& buffers, size_t present, Progress* progress) {
   if (ffi::Error error = CheckSizes(c); error.failure()) return error;
   if (ffi::Error error = CheckLayout(c, present); error.failure()) return error;
-  if (c.empty_grid()) return ffi::Error::Success();
+  if (c.empty_grid() || (c.meeting < 0 && !progress->left_out)) return ffi::Error::Success();
   const Driver& driver = Driver::Get(c.hip());
   uint64_t context = 0;
   if (int status = driver.Current(&context))
     return Failed(c, "no current device, " + driver.Describe("cuCtxGetCurrent", "hipGetDevice", status));
   const Kernels::Entry* entry = Kernels::Get().Find(c, context);
-  if (entry == nullptr) return Failed(c, "XLA did not initialize it on this device");
+  if (entry == nullptr || !entry->Serves(c)) return Failed(c, "XLA did not initialize it on this device");
+  const bool meets = c.meeting > 0;
+  if (meets && (progress->left_out = entry->RoomOf(c)->blocks < c.meeting)) return ffi::Error::Success();
 
   std::array<void*, kMaxParams + kTritonScratch> params;
   void* null = nullptr;
@@ -322,10 +370,14 @@ ffi::Error Launch(void* stream, const Call& c, Buffers& buffers, size_t present,
     }
   }
   for (size_t i = 0; i < kTritonScratch; ++i) params[count++] = &null;
-  const int status =
-      driver.Launch(entry->function, c.grid.begin(), c.threads, c.shared, stream, params.data(), c.overlaps && !*first);
+  const Driver::Kind kind = meets                            ? Driver::Kind::kTogether
+                            : c.overlaps && !progress->first ? Driver::Kind::kOverlapping
+                                                             : Driver::Kind::kOrdinary;
+  const int status = driver.Launch(entry->function, c.grid.begin(), c.threads, c.shared, stream, params.data(), kind);
+  // Where somebody else holds a part of the device.
+  if (meets && (progress->left_out = status == kNoRoom || status == kNotSupported)) return ffi::Error::Success();
   if (status) return Failed(c, driver.Describe("cuLaunchKernel", "hipModuleLaunchKernel", status));
-  *first = false;
+  progress->first = false;
   return ffi::Error::Success();
 }
 
@@ -346,8 +398,8 @@ ffi::Error Execute(void* stream, const ffi::RemainingArgs& args, const ffi::Rema
     if (!buffer.has_value()) return buffer.error();
     buffers[args.size() + i] = (*buffer)->untyped_data();
   }
-  bool first = true;
-  return site.Each([&](const Call& c) { return Launch(stream, c, buffers, present, &first); });
+  Progress progress;
+  return site.Each([&](const Call& c) { return Launch(stream, c, buffers, present, &progress); });
 }
 
 // A stage is handed all attributes and must bind them all, here in the order of Site.
@@ -364,12 +416,17 @@ template <typename Binding> auto Attributes(Binding&& binding) {
       .template Attr<Ints>("scalars")
       .template Attr<Ints>("buffers")
       .template Attr<Ints>("key")
-      .template Attr<Ints>("overlaps");
+      .template Attr<Ints>("overlaps")
+      .template Attr<Ints>("meeting");
 }
 
 auto BindInstantiate() { return Attributes(ffi::Ffi::BindInstantiate()); }
 auto BindInitialize() { return Attributes(ffi::Ffi::BindInitialize()); }
-constexpr auto kInstantiate = [](auto... attributes) { return Site{attributes...}.Each(Instantiate); };
+constexpr auto kInstantiate = [](auto... attributes) {
+  const Site site{attributes...};
+  if (ffi::Error error = site.Each(Instantiate); error.failure()) return error;
+  return CheckMeeting(site);
+};
 constexpr auto kInitialize = [](auto... attributes) { return Site{attributes...}.Each(Initialize); };
 
 #ifndef JAXNORM_LAUNCHER_HOST

@@ -176,6 +176,8 @@ def run_plan(
         return _by_launcher(plan, p, operands, backend)
     buffers = dict(operands)
     for launch in plan:
+        if launch.meeting > 0:  # only the launcher keeps all blocks on the device: what stands in for it follows
+            continue
         outputs = _present(launch, p, buffers)[1]
         types = list(_types(launch, p, outputs).values())
         out = _ROADS[by](launch, p, types, platform, buffers)
@@ -242,7 +244,9 @@ def _by_launcher(plan: tuple[Launch, ...], p: Problem, operands: dict[str, jax.A
         inputs = _present(launch, p, place)[0]
         buffers = tuple(place[n] for n in (*inputs, *outputs))
         code = compile_launch(launch, p, backend)
-        kernels.append(_native.Kernel(code, launch.grid, layout, tuple(scalars), buffers, launch.overlaps))
+        kernels.append(
+            _native.Kernel(code, launch.grid, layout, tuple(scalars), buffers, launch.overlaps, launch.meeting)
+        )
         aliases |= {place[a]: place[b] - len(used) for a, b in launch.aliases if a in used and b in types}
     out = _native.launch(kernels, [operands[n] for n in used], list(types.values()), aliases)
     return dict(operands) | dict(zip(types, out, strict=True))

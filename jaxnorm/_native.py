@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TARGET = "jaxnorm_launch"
 """Name of the FFI target in the program; ``export_checks`` needs it."""
 PLATFORMS = ("CUDA", "ROCM")
-_INTERFACE = 3  # kInterface of csrc/launcher.cc
+_INTERFACE = 4  # kInterface of csrc/launcher.cc
 _REBUILD = (
     "Install a C++17 compiler (g++ or clang++) and reinstall: `pip install --force-reinstall --no-deps --no-cache-dir jaxnorm`, "
     "or `pip install -e .` in a checkout."
@@ -89,6 +89,9 @@ class Kernel:
     """Of each ``p``: which of the operands and results, counted through; None = one after another."""
     overlaps: bool = False
     """It may begin before the kernel before it has ended, which it waits for itself (NVIDIA, ``griddepcontrol.wait``)."""
+    meeting: int = 0
+    """n: its n blocks run at the same time and wait for one another; left out where the device has no room for that. -n: stands in
+    for the kernel of n that it follows, and is left out where that one is there."""
 
 
 def launch(
@@ -137,6 +140,7 @@ def launch(
         buffers=integers(n for each in buffers for n in each),
         key=integers(digest(c) for c in codes),
         overlaps=integers(k.overlaps for k in kernels),
+        meeting=integers(k.meeting for k in kernels),
     )
     return list(results)
 

@@ -10,6 +10,7 @@ program gives the same bytes in every process.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # Compute units (SMs) a persistent grid is sized for. By target, not by device: an exported program must not depend on the
@@ -107,6 +108,18 @@ class Launch:
     aliases: tuple[tuple[str, str], ...] = ()
     """(input, output) that are one buffer: in place where the input is donated, a copy made before the launch where it is not.
     The kernel writes only part of such an output."""
+    meeting: int = 0
+    """Through the launcher, on NVIDIA. n > 0: all n blocks of the launch run at the same time and may wait for one another; it is
+    left out where the device has no room for them. -n: the launch stands in for the one of n that it follows, directly or behind
+    others of -n, and is there only where that one was left out. Both compute the same bits."""
+
+    def __post_init__(self) -> None:
+        if self.meeting > 0 and self.meeting != math.prod(self.grid):
+            raise ValueError(
+                f"{self.kernel}: meeting: got {self.meeting}, expected the {math.prod(self.grid)} blocks of the grid."
+            )
+        if self.meeting > 0 and self.overlaps:
+            raise ValueError(f"{self.kernel}: overlaps: got True, expected False for a launch whose blocks meet.")
 
     def aliased(self, inputs=None, outputs=None) -> dict[int, int]:
         """``aliases`` as positions in these lists of buffers; without them, in all inputs and outputs."""
