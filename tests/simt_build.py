@@ -39,7 +39,7 @@ _HEAD = """
 _TAIL = """
 typedef void (*Runner)(void**);
 static const Runner runners[] = {{ {runners} }};
-extern "C" int simt_run(int index, int x, int y, int threads, int bytes, int order, int cluster, void** a) {{
+extern "C" int simt_run(int index, int x, int y, int threads, int bytes, int order, int cluster, int meeting, void** a) {{
   const pid_t child = fork();
   if (child == 0) {{
     simt::wave = JN_WAVE;
@@ -47,6 +47,8 @@ extern "C" int simt_run(int index, int x, int y, int threads, int bytes, int ord
     const auto kernel = [=] {{ runners[index](a); }};
     if (cluster)
       alarm(60), simt::launch_clusters(grid, threads, size_t(bytes), simt::Order(order), unsigned(cluster), kernel);
+    else if (meeting > 0)
+      alarm(60), simt::launch_together(grid, threads, size_t(bytes), simt::Order(order), kernel);
     else
       simt::launch(grid, threads, size_t(bytes), simt::Order(order), kernel);
     _exit(0);
@@ -138,13 +140,20 @@ class Kernels:
         return ctypes.CDLL(str(out))
 
     def run(
-        self, problem: Problem, plan: tuple[Launch, ...], operands: dict[str, np.ndarray], order: str = "forward"
+        self,
+        problem: Problem,
+        plan: tuple[Launch, ...],
+        operands: dict[str, np.ndarray],
+        order: str = "forward",
+        room: bool = True,
     ) -> dict[str, np.ndarray]:
-        """The results of a plan by name. ``operands`` must hold every operand that the problem has."""
+        """The results of a plan by name. ``operands`` must hold every operand that the problem has. ``room``: for launches whose
+        blocks meet; else those run that stand in for them."""
         buffers = {n: Guarded(v.shape, problem.dtype(n), v) for n, v in operands.items()}
         shared = {a for launch in plan for a, _ in launch.aliases}
         for launch in plan:
-            self._launch(problem, launch, buffers, order)
+            if launch.meeting == 0 or (launch.meeting > 0) == room:
+                self._launch(problem, launch, buffers, order)
         for name, buffer in buffers.items():
             buffer.check(name)
             if name in operands and name not in shared:
@@ -158,7 +167,7 @@ class Kernels:
         for name in launch.outputs:
             if name in aliases and problem.has(name):
                 buffers[name] = buffers[aliases[name]]
-            elif name in temps or problem.has(name):
+            elif name not in buffers and (name in temps or problem.has(name)):
                 buffers[name] = Guarded(*(temps[name] if name in temps else (problem.shape(name), problem.dtype(name))))
         address = lambda n: ctypes.c_void_p(buffers[n].address if n in buffers else None)  # noqa: E731
         kinds = {"i32": ctypes.c_uint32, "i64": ctypes.c_uint64, "fp32": ctypes.c_float}
@@ -171,8 +180,9 @@ class Kernels:
         wave = wave_size(problem.target)
         index = self._index[wave][_instance(launch, problem.target)]
         cluster = dict(launch.constants).get("JN_CLUSTER", 0)
+        assert not (cluster and launch.meeting > 0), "the blocks of a cluster meet as a cluster"
         status = self._library[wave].simt_run(
-            index, *launch.grid[:2], launch.threads, launch.shared, ORDERS[order], cluster, pointers
+            index, *launch.grid[:2], launch.threads, launch.shared, ORDERS[order], cluster, launch.meeting, pointers
         )
         assert status == 0, f"{launch.kernel}: the kernel ended with status {status} (a negative one is a signal)"
 

@@ -127,6 +127,14 @@ def test_an_incomplete_driver(host_library, tmp_path):
     assert "the driver has no function hipModuleLoadData" in done.stdout, done.stdout + done.stderr
 
 
+def test_an_old_driver(host_library, tmp_path):
+    """Without cuLaunchKernelEx and the occupancy call."""
+    flags = ("-DFAKE_CUDA", "-DFAKE_OLD", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1")
+    compile_to(tmp_path / "libcuda.so.1", "gcc", *flags, str(FAKE))
+    done = python(HERE / "launcher" / "scenarios.py", host_library, "cuda", "no_blocks_meet", path=tmp_path)
+    assert done.stdout.strip() == '["no_blocks_meet", null]', done.stdout + done.stderr
+
+
 def test_the_mapped_driver_is_used(host_library, fakes):
     """A driver that somebody loaded by its full path, as JAX's plugin does, is found although no search path has it."""
     script = f"""

@@ -37,7 +37,7 @@ typedef struct {
   char name[64];
 } Function;
 
-static atomic_int loads, lookups, raises, launches, overlaps;
+static atomic_int loads, lookups, raises, launches, overlaps, together;
 static atomic_int modules, buffers; /* alive, of tools/run_case.py: the launcher keeps its own */
 static int devices = 1;
 static char failing[32];
@@ -48,11 +48,12 @@ static int last[8];
 
 void fake_set_device(int d) { device = d; }
 void fake_counts(int* out) { out[0] = loads, out[1] = lookups, out[2] = raises, out[3] = launches; }
+int fake_together(void) { return together; } /* launches whose blocks all run at the same time */
 int fake_overlaps(void) { return overlaps; } /* launches that may begin before the one before them has ended */
 void fake_last(int* out) { memcpy(out, last, sizeof last); }
 void fake_alive(int* out) { out[0] = modules, out[1] = buffers; }
 void fake_set_devices(int n) { devices = n; }
-/* The next call of this kind (load, function, attribute, device, launch, overlap, allocate, copy, wait; of workspaces: space,
+/* The next call of this kind (load, function, attribute, device, launch, overlap, together, allocate, copy, wait; of workspaces: space,
    clear, word, mapword, export, import) returns the status. */
 void fake_fail(const char* call, int status) {
   snprintf(failing, sizeof failing, "%s", call);
@@ -234,7 +235,8 @@ int hipIpcCloseMemHandle(void* pointer) {
 #endif
 
 #ifdef FAKE_CUDA
-/* As in cuda.h; the one attribute is CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION. */
+#ifndef FAKE_OLD /* a driver from before launches with attributes */
+/* As in cuda.h; the one attribute is CU_LAUNCH_ATTRIBUTE_COOPERATIVE or CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION. */
 typedef struct {
   int id;
   char pad[4];
@@ -243,6 +245,7 @@ typedef struct {
     int allowed;
   } value;
 } LaunchAttribute;
+enum { kTogether = 2, kOverlap = 6 };
 typedef struct {
   unsigned gx, gy, gz, bx, by, bz, shared;
   void* stream;
@@ -250,12 +253,20 @@ typedef struct {
   unsigned count;
 } LaunchConfig;
 int cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** params, void** extra) {
-  FAIL_IF_ASKED("overlap");
-  if (c->count != 1 || c->attributes->id != 6 || c->attributes->value.allowed != 1) return kInvalidValue;
+  const int all = c->count == 1 && c->attributes->id == kTogether;
+  FAIL_IF_ASKED(all ? "together" : "overlap");
+  if (c->count != 1 || !(all || c->attributes->id == kOverlap) || c->attributes->value.allowed != 1) return kInvalidValue;
   const int status = cuLaunchKernel(f, c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, c->stream, params, extra);
-  overlaps += status == 0;
+  if (status == 0) ++*(all ? &together : &overlaps);
   return status;
 }
+/* A multiprocessor has room for 2048 threads and 227 KiB of shared memory; the device has four (attribute 16). */
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function* f, int threads, size_t shared) {
+  *blocks = 2048 / threads;
+  if (shared && *blocks > kMaxShared / (int)shared) *blocks = kMaxShared / (int)shared;
+  return (int)shared > f->shared_limit ? kInvalidValue : 0;
+}
+#endif
 int cuDriverGetVersion(int* version) {
   *version = 12030;
   return 0;
@@ -276,7 +287,8 @@ int cuCtxGetDevice(int* handle) {
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int handle) {
-  *value = attribute == 75 ? 9 : 0; /* compute capability 9.0 */
+  /* compute capability 9.0, multiprocessors, whether all blocks of a launch can run at the same time */
+  *value = attribute == 75 ? 9 : attribute == 16 ? 4 : attribute == 95;
   return handle;
 }
 static atomic_int large_clusters;

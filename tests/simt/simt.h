@@ -2,9 +2,10 @@
 //
 // A fiber runs until it meets a barrier or a shuffle and then yields. This proves indexing, tails, reductions,
 // arithmetic, and that all threads reach each barrier (it aborts otherwise); not memory order, hardware conversions or
-// speed. A device is an operating-system thread. To show more than one lucky order: fibers run forwards, backwards or
-// shuffled; shared memory is filled with NaN before every block; an asynchronous copy happens as late as the kernel
-// allows, when it is waited for; waves run from barrier to barrier one after the other.
+// speed. A device is an operating-system thread, and so is each of the blocks that wait for one another. To show more
+// than one lucky order: fibers run forwards, backwards or shuffled; shared memory is filled with NaN before every
+// block; an asynchronous copy happens as late as the kernel allows, when it is waited for; waves run from barrier to
+// barrier one after the other.
 #pragma once
 #include <ucontext.h>
 
@@ -169,7 +170,8 @@ inline unsigned char* in_block(void* p, unsigned rank) {
   return cluster->shared[rank] + (static_cast<unsigned char*>(p) - shared_start);
 }
 
-// For kernels that wait for other devices, which are other threads of the process with fibers of their own.
+// For kernels that wait for other devices or other blocks, which are other threads of the process with fibers of their
+// own. A fiber that waits holds up its block: what it waits for must not be behind it there.
 inline void pause() { std::this_thread::yield(); }
 inline unsigned long long nanoseconds() {
   return static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch().count());
@@ -291,6 +293,23 @@ inline void launch_clusters(Dim3 grid, int threads, size_t bytes, Order how, uns
         together.meet();
         runner.check();
       }
+    });
+  for (std::thread& unit : units) unit.join();
+}
+
+// All blocks at the same time, each on an operating-system thread, begun backwards in Order::kReverse.
+inline void launch_together(Dim3 grid, int threads, size_t bytes, Order how, const std::function<void()>& kernel) {
+  const int lanes = wave;
+  const unsigned blocks = grid.x * grid.y;
+  std::vector<std::thread> units;
+  for (unsigned i = 0; i < blocks; ++i)
+    units.emplace_back([&, i, lanes] {
+      wave = lanes;
+      Runner runner(threads, bytes, how, kernel);
+      const unsigned b = how == Order::kReverse ? blocks - 1 - i : i;
+      runner.begin(Dim3{b % grid.x, b / grid.x});
+      run_block(threads, runner.order);
+      runner.check();
     });
   for (std::thread& unit : units) unit.join();
 }
