@@ -20,7 +20,7 @@ class Choice:
     op: str
     backend: str
     kernel: str
-    """Kernels in launch order, or ``jnp``."""
+    """Kernels in launch order, or ``jnp``; not those that stand in for one of them, which ``config`` names."""
     config: str
     """Grid and tile of each launch."""
     reason: str
@@ -75,8 +75,13 @@ def recording() -> Iterator[Choices]:
 
 
 def _choice(call: Any, p: Any, chosen: _dispatch.Chosen) -> Choice:
-    kernels = ", ".join(launch.kernel for launch in chosen.plan) or "jnp"
-    config = ", ".join(_config(launch) for launch in chosen.plan) or f"rows={p.rows} N={p.features}"
+    # Where blocks meet, whether a device has room for them is known when it runs.
+    meet = chosen.road in (None, "launcher")
+    plan = [launch for launch in chosen.plan if launch.meeting == 0 or (launch.meeting > 0) == meet]
+    kernels = ", ".join(launch.kernel for launch in plan) or "jnp"
+    config = ", ".join(_config(launch) for launch in plan) or f"rows={p.rows} N={p.features}"
+    if stand_ins := [launch.kernel for launch in chosen.plan if launch.meeting < 0 and meet]:
+        config += f", on a device without room for so many blocks {' and '.join(stand_ins)}"
     if (parts := dict(p.options).get("parts", 1)) != 1:
         config = f"adds up the partial sums of {parts} ranks, {config}"
     return Choice(_name(call), chosen.backend, kernels, config, chosen.reason, chosen.rejected)

@@ -314,7 +314,7 @@ for name, call, status in json.loads(sys.argv[1]):
         fake.fake_fail(call.encode(), status)
     code = run_case.main([{folder!r}, "--only", name])
     fake.fake_alive(alive)
-    out.append([code, *alive])
+    out.append([code, *alive, fake.fake_together()])
 print(json.dumps(out))
 """
 
@@ -366,13 +366,14 @@ def test_what_a_driver_is_asked(fakes: Path, tmp_path: Path, soname: str, target
     write_case(tmp_path, "meddle", "meddle", target=target)
     write_case(tmp_path, "absent", "absent", target=target)
     write_case(tmp_path, "large", target=target, shared=60 << 10)
+    write_case(tmp_path, "meeting", target=target, together=True)
     write_case(tmp_path, "foreign", target="gfx950")
     write_case(tmp_path, "badimage", target=target, image=b"nothing")
     write_case(tmp_path, "format", target=target, format="kernel-case/0")
     steps = [("good", "", 0), ("wrong", "", 0), ("overrun", "", 0), ("meddle", "", 0), ("absent", "", 0), ("large", "", 0),
              ("foreign", "", 0), ("badimage", "", 0), ("format", "", 0), ("good", "load", 2), ("good", "function", 2),
              ("good", "allocate", 2), ("good", "copy", 2), ("good", "launch", 719), ("good", "wait", 719), ("good", "", 0),
-             ("good", "devices", 0)]  # fmt: skip
+             ("meeting", "", 0), ("good", "devices", 0)]  # fmt: skip
     script = PROGRAM.format(tools=str(ROOT / "tools"), soname=soname, folder=str(tmp_path))
     env = os.environ | {"LD_LIBRARY_PATH": str(fakes / soname[:6])}
     done = subprocess.run(
@@ -380,8 +381,9 @@ def test_what_a_driver_is_asked(fakes: Path, tmp_path: Path, soname: str, target
     )
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
-    codes = [0, 1, 1, 1, 1, 0, 2, 1, 1, 1, 1, 1, 1, 1, 1, 0, 2]
-    assert json.loads(last) == [[code, 0, 0] for code in codes], done.stdout
+    codes = [0, 1, 1, 1, 1, 0, 2, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 2]
+    expected = [[code, 0, 0, i >= 16] for i, code in enumerate(codes)]  # one launch of all blocks at the same time
+    assert json.loads(last) == expected, done.stdout
     memory = "OutOfMemory (2)" if target[0] == "g" else "OUT_OF_MEMORY (2)"
     for words in ("6 of 6 elements differ", "1 bytes outside of the buffer", "x: an input was written", "(500)", memory,
                   f"{target}: 1 cases agree", "format: got 'kernel-case/0'"):  # fmt: skip

@@ -220,12 +220,18 @@ LAUNCH = (
     'backend_config={grid = array<i64: 8, 1, 1>, image = "\\7FELF\\00", name = "rmsnorm_bwd", '
     'target = "gfx942", threads = 256 : i64}'
 )
+LAUNCH_MEETING = (
+    'custom_call_target="jaxnorm_launch", metadata={op_name="jit(f)/groupnorm/ffi_call"}, '
+    "backend_config={grid = array<i64: 1, 1, 1, 8, 2, 1, 4, 1, 1, 5, 1, 1>, meeting = array<i64: 0, 16, -16, -16>, "
+    'name = "clear held partials apply", target = "sm_90", threads = array<i64: 32, 256, 256, 256>}'
+)
 HLO = f"""HloModule jit_f
 ENTRY main {{
   %c = f32[] custom-call(%a), {LAUNCH}
   %m = f32[4] multiply(%a, %b), metadata={{op_name="jit(f)/layer/rmsnorm/mul"}}
   %n = f32[4] multiply(%a, %b), metadata={{op_name="jit(f)/layer/rmsnorm/rsqrt"}}
   %o = f32[4] multiply(%a, %b), metadata={{op_name="jit(f)/my_rmsnorm_of_old/mul"}}
+  %t = f32[] custom-call(%a), {LAUNCH_MEETING}
   %r = f32[4] all-reduce-start(%a), metadata={{op_name="jit(f)/psum"}}
 }}
 """
@@ -240,6 +246,7 @@ def test_explain_a_dump(call, tmp_path):
     seen = json.loads(call("explain", path, "--json")[1])
     assert [(f["op"], f["kernel"], f["target"], f["config"]) for f in seen["ops"]] == [
         ("add_rmsnorm backward", "rmsnorm_bwd", "gfx942", "grid 8x1x1, 256 threads"),
+        ("groupnorm", "clear held", "sm_90", "grid 1x1x1x8x2x1"),
         ("rmsnorm", "", "", ""),
     ]
 

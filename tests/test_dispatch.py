@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxnorm.kernels.configs import Launch
 
 import jaxnorm as jn
-from jaxnorm import _dispatch, _native
+from jaxnorm import _dispatch, _explain, _native
 from jaxnorm._tune import table
 from jaxnorm.errors import UnsupportedError
 
@@ -84,6 +87,32 @@ def test_missing_launcher_falls_back_unless_required(kernels_usable: None, monke
     monkeypatch.setenv("JAXNORM_REQUIRE", "launcher")
     with pytest.raises(UnsupportedError, match=r"launcher not built"):
         choose()
+
+
+def test_explain_lists_what_meets_or_what_stands_in() -> None:
+    plan = tuple(
+        Launch(f"a.hip:{name}", (), (), grid, threads=32, meeting=meeting)
+        for name, grid, meeting in (
+            ("clear", (1, 1, 1), 0),
+            ("held", (8, 2, 1), 16),
+            ("sums", (4, 1, 1), -16),
+            ("apply", (4, 1, 1), -16),
+        )
+    )
+    call, p = SimpleNamespace(op="groupnorm", stage="groupnorm_fwd"), SimpleNamespace(options=())
+    found = [_explain._choice(call, p, _dispatch.Chosen("hip", "", plan, road)) for road in ("launcher", "jaxlib")]
+    assert [c.kernel for c in found] == ["a.hip:clear, a.hip:held", "a.hip:clear, a.hip:sums, a.hip:apply"]
+    assert "grid 8x2x1" in found[0].config and found[0].config.endswith("a.hip:sums and a.hip:apply")
+    assert found[1].config.count("grid") == 3 and "room" not in found[1].config
+
+
+def test_what_blocks_may_meet() -> None:
+    launch = Launch("a.hip:held", (), (), (8, 2, 1), threads=32)
+    with pytest.raises(ValueError, match=r"a.hip:held: meeting: got 8, expected the 16 blocks"):
+        replace(launch, meeting=8)
+    with pytest.raises(ValueError, match=r"overlaps: got True"):
+        replace(launch, meeting=16, overlaps=True)
+    assert replace(launch, meeting=-8, overlaps=True).meeting == -8
 
 
 def test_context_is_part_of_the_jit_cache() -> None:

@@ -148,12 +148,14 @@ class Driver:
         self("hipModuleUnload" if self.hip else "cuModuleUnload", module)
 
     def launch(
-        self, function: ctypes.c_void_p, grid: list[int], block: list[int], shared: int, values: list[Any]
-    ) -> None:
-        """One launch, waited for."""
+        self, function: ctypes.c_void_p, grid: list[int], block: list[int], shared: int, values: list[Any],
+        together: bool = False,
+    ) -> None:  # fmt: skip
+        """One launch, waited for. ``together``: all blocks run at the same time, or it is refused."""
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         sizes = map(ctypes.c_uint, (*grid, *block, shared))
-        self("hipModuleLaunchKernel" if self.hip else "cuLaunchKernel", function, *sizes, None, pointers, None)
+        name = f"{'hipModule' if self.hip else 'cu'}Launch{'Cooperative' if together else ''}Kernel"
+        self(name, function, *sizes, None, pointers, *([] if together else [None]))
         self("hipDeviceSynchronize" if self.hip else "cuCtxSynchronize")
 
 
@@ -236,7 +238,8 @@ def run(driver: Any, path: Path, case: dict[str, Any], arrays: dict[str, np.ndar
             addresses = [_place(driver, buffers[key]) if key in buffers else None for key in keys]
             values.append((ctypes.c_void_p * len(keys))(*addresses))
         values += [ctypes.c_void_p(None)] * TRITON_SCRATCH
-        driver.launch(function, case["grid"], case["block"], case.get("shared", 0), values)
+        together = {"together": True} if case.get("together") else {}
+        driver.launch(function, case["grid"], case["block"], case.get("shared", 0), values, **together)
         wrong = []
         for (i, _), buffer in buffers.items():
             after = np.empty_like(buffer.host)

@@ -85,6 +85,7 @@ def case(instance: Instance, rows: int = 0, fill: Fill | None = None) -> Case:
         constants = dict(instance.launch.constants)
         problem = instance.stage.problem(rows or min(MOST_ROWS, max(3, kernel.block_rows(constants) + 1)))
         launch, scalars = resized(instance, kernel, problem)
+    launch = replace(launch, meeting=max(launch.meeting, 0))  # alone, what stands in is a launch like any other
     plan = instance.stage.plan(instance.rows)
     scratch = {name: (shape, kind) for step in plan for name, shape, kind in step.temps}
     for seed in range(20):
@@ -162,6 +163,8 @@ def write_case(path: Path, made: Case, code: CodeObject, image: str, source: str
         "block": [code.threads, 1, 1],
         "shared": code.shared,
     }
+    if made.launch.meeting > 0:
+        head["together"] = True
     if (op := _checkable(made)) is not None:
         head |= {"op": op, "params": made.params}
     path.write_text(json.dumps(head | {"args": arguments}, indent=1) + "\n")

@@ -51,8 +51,8 @@ def find(text: str, ops: list[str]) -> list[Found]:
         call = _CALL.search(line)
         target = (call[1] or call[2]) if call else ""
         if target in LAUNCHERS:
-            launched.append(Found(op, where, _attribute(line, "name") or "kernel", _attribute(line, "target"),
-                                  _config(line), LAUNCHERS[target]))  # fmt: skip
+            kernel, config = _without_stand_ins(line)
+            launched.append(Found(op, where, kernel or "kernel", _attribute(line, "target"), config, LAUNCHERS[target]))
     served = {f.where for f in launched}
     return launched + [Found(op, where) for where, op in scopes.items() if where not in served]
 
@@ -90,8 +90,20 @@ def _attribute(line: str, name: str) -> str:
     return match[1] if match else ""
 
 
-def _config(line: str) -> str:
-    grid = re.search(r"grid = dense<\[?([\d, ]+)\]?>|grid = array<i64: ([\d, ]+)>", line)
+def _numbers(line: str, name: str) -> list[str]:
+    match = re.search(rf"\b{name} = (?:dense<\[?([-\d, ]+)\]?>|array<i64: ([-\d, ]+)>)", line)
+    return (match[1] or match[2]).split(", ") if match else []
+
+
+def _without_stand_ins(line: str) -> tuple[str, str]:
+    """(kernels, config) of a call, without launches that stand in for one before them."""
+    kernels, grid = _attribute(line, "name").split(" "), _numbers(line, "grid")
+    absent = {i for i, n in enumerate(_numbers(line, "meeting")) if n.startswith("-")}
+    kernel = " ".join(k for i, k in enumerate(kernels) if i not in absent)
+    return kernel, _config(line, [n for i, n in enumerate(grid) if i // 3 not in absent])
+
+
+def _config(line: str, grid: list[str]) -> str:
     threads = re.search(r"threads = (\d+)", line)
-    parts = [f"grid {(grid[1] or grid[2]).replace(', ', 'x')}"] if grid else []
+    parts = [f"grid {'x'.join(grid)}"] if grid else []
     return ", ".join([*parts, f"{threads[1]} threads"] if threads else parts)

@@ -130,6 +130,15 @@ int NAME(cuLaunchKernel, hipModuleLaunchKernel)(Function* f, unsigned gx, unsign
   return run(f, params);
 }
 
+int NAME(cuLaunchCooperativeKernel, hipModuleLaunchCooperativeKernel)(Function* f, unsigned gx, unsigned gy,
+                                                                      unsigned gz, unsigned bx, unsigned by,
+                                                                      unsigned bz, unsigned shared, void* stream,
+                                                                      void** params) {
+  const int status = NAME(cuLaunchKernel, hipModuleLaunchKernel)(f, gx, gy, gz, bx, by, bz, shared, stream, params, NULL);
+  together += status == 0;
+  return status;
+}
+
 int NAME(cuModuleUnload, hipModuleUnload)(Module* module) {
   --modules;
   free(module);

@@ -16,6 +16,7 @@ from jaxnorm._native import Kernel
 pytestmark = pytest.mark.gpu
 
 # wire(src, null, i32, i64, f32, dst, scratch, scratch): see fake_driver.c, for the same check without a GPU.
+# meet(count, n): each block adds one to count[0] and waits until it is n; then count[1 + block] = 1.
 # add_one(src, dst, n): dst[i] = src[i] + 1 with dynamic shared memory in between.
 PTX = rb"""
 .version 7.0
@@ -84,6 +85,25 @@ PTX = rb"""
 done:
   ret;
 }
+
+.visible .entry meet(.param .u64 count, .param .u32 n)
+{
+  .reg .b64 %p<4>; .reg .b32 %r<6>; .reg .pred %q<2>;
+  ld.param.u64 %p1, [count];
+  cvta.to.global.u64 %p1, %p1;
+  ld.param.u32 %r1, [n];
+  red.release.gpu.global.add.u32 [%p1], 1;
+again:
+  ld.acquire.gpu.global.u32 %r2, [%p1];
+  setp.lt.u32 %q1, %r2, %r1;
+  @%q1 bra again;
+  mov.u32 %r3, %ctaid.x;
+  mul.wide.u32 %p2, %r3, 4;
+  add.u64 %p3, %p1, %p2;
+  mov.u32 %r4, 1;
+  st.global.u32 [%p3+4], %r4;
+  ret;
+}
 """.lstrip()
 
 
@@ -144,6 +164,25 @@ def test_a_long_chain_many_times():
     f = jax.jit(chain)
     for start in range(20):  # Other buffers each time: a recorded graph must not keep the old ones.
         np.testing.assert_array_equal(f(jnp.full(5000, float(start))), np.full(5000, start + 64))
+
+
+@pytest.mark.parametrize(("blocks", "meet"), [(128, True), (1 << 16, False)])
+def test_blocks_that_meet(blocks, meet):
+    """Where there is room for all, in a captured loop; else the launch of two that stands in, which waits for nobody."""
+    out = [jax.ShapeDtypeStruct((blocks + 1,), jnp.int32)]
+    kernels = [
+        Kernel(code("meet"), (grid, 1, 1), "pi", (wait,), (1,), meeting=sign * blocks)
+        for grid, wait, sign in ((blocks, blocks, 1), (2, 0, -1))
+    ]
+
+    def step(_, x):  # 20 times from zeros, which the kernel finds in the buffer of its result
+        return x + _native.launch(kernels, [x * 0], out, aliases={0: 0})[0]
+
+    got = jax.jit(lambda x: jax.lax.fori_loop(0, 20, step, x))(jnp.zeros(blocks + 1, jnp.int32))
+    there = blocks if meet else 2
+    want = np.where(np.arange(blocks + 1) <= there, 20, 0)
+    want[0] = 20 * there
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.multigpu
