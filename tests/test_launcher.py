@@ -140,6 +140,7 @@ def test_the_mapped_driver_is_used(host_library, fakes):
     script = f"""
 import ctypes, runpy, sys
 ctypes.CDLL({str(fakes / "libamdhip64.so.7")!r})
+sys.path.insert(0, {str(HERE / "launcher")!r})
 sys.argv = ["scenarios.py", {str(host_library)!r}, "hip", "one_load_for_many_runs"]
 runpy.run_path({str(HERE / "launcher" / "scenarios.py")!r}, run_name="__main__")
 """

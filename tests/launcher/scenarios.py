@@ -13,86 +13,11 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scenarios_meeting  # noqa: F401 (adds its own)
+from recorded import FAKES, Fake, X, code, copy, error_of, expect, like, scenario, scenarios, use, vendor  # noqa: F401
 
 from jaxnorm import _native
-from jaxnorm._compile.code_object import CodeObject
 from jaxnorm._native import Kernel
-
-FAKES = {"hip": "libamdhip64.so.7", "cuda": "libcuda.so.1"}
-X = np.arange(24, dtype=np.float32).reshape(3, 8)
-scenarios = {}
-
-
-def scenario(*vendors):
-    def add(function):
-        scenarios[function.__name__] = (function, vendors or ("hip", "cuda"))
-        return function
-
-    return add
-
-
-class Fake:
-    """What the launcher has asked of the fake driver since this object was made."""
-
-    def __init__(self):
-        self.library = ctypes.CDLL(FAKES[VENDOR])
-        self.before = self._read("fake_counts", 4)
-        self.overlapped, self.met = self.library.fake_overlaps(), self.library.fake_together()
-
-    def _read(self, name, n):
-        out = (ctypes.c_int * n)()
-        getattr(self.library, name)(out)
-        return np.array(out[:])
-
-    def counts(self):
-        return dict(
-            zip(
-                ("loads", "lookups", "raises", "launches"),
-                (self._read("fake_counts", 4) - self.before).tolist(),
-                strict=True,
-            )
-        )
-
-    def overlaps(self):
-        return self.library.fake_overlaps() - self.overlapped
-
-    def together(self):
-        return self.library.fake_together() - self.met
-
-    def last(self):
-        return self._read("fake_last", 8).tolist()
-
-    def device(self, d):
-        self.library.fake_set_device(d)
-
-
-def code(name="copy", image=b"", shared=0, threads=256):
-    """A code object that no other scenario uses unless it asks for the same image."""
-    target = "gfx942" if VENDOR == "hip" else "sm_90"
-    image = image or f"\x7fELF {sys._getframe(1).f_code.co_name} {name}".encode()
-    return CodeObject(image=image, name=name, target=target, threads=threads, shared=shared, source_key="")
-
-
-def copy(c, x, *, grid=(3, 1, 1), layout="ppi", scalars=None, buffers=None):
-    scalars = (x.size * x.dtype.itemsize,) if scalars is None else scalars
-    return _native.launch([Kernel(c, grid, layout, scalars, buffers)], [x], [like(x)])
-
-
-def like(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def error_of(function, *args):
-    try:
-        jax.block_until_ready(jax.jit(function)(*args))
-    except Exception as e:
-        return str(e)
-    raise AssertionError("no error")
-
-
-def expect(text, *parts):
-    for part in parts:
-        assert part in text, f"{part!r} is not in {text!r}"
 
 
 @scenario()
@@ -243,11 +168,11 @@ def only_launches_behind_others_of_their_call_overlap():
     f = chain(first, second)
     for expected in (1, 2):
         np.testing.assert_array_equal(f(X), X)
-        assert fake.overlaps() == (expected if VENDOR == "cuda" else 0)
+        assert fake.overlaps() == (expected if vendor() == "cuda" else 0)
     chain(first, second, overlaps=(True, False))(X)  # the first of a call never
     chain(first, second, grids=((0, 1, 1), (3, 1, 1)))(X)  # nor the first that is there
     chain(first, second, overlaps=(False, False))(X)
-    assert fake.overlaps() == (2 if VENDOR == "cuda" else 0)
+    assert fake.overlaps() == (2 if vendor() == "cuda" else 0)
     assert fake.counts()["launches"] == 9
 
 
@@ -287,7 +212,7 @@ def no_scalars_and_an_alias():
 @scenario()
 def invalid_image():
     c = code(image=b"nonsense")
-    name = "hipErrorNoBinaryForGpu (209)" if VENDOR == "hip" else "CUDA_ERROR_INVALID_IMAGE (200)"
+    name = "hipErrorNoBinaryForGpu (209)" if vendor() == "hip" else "CUDA_ERROR_INVALID_IMAGE (200)"
     expect(error_of(lambda x: copy(c, x), X), "kernel 'copy'", "cannot load", "8 bytes", name, "some failure", c.target)
 
 
@@ -300,9 +225,7 @@ NAMES = {
 def _injected(call, status, *parts):
     """The next driver call of a kind fails: a clear error, and the same call site works when it is run again."""
     fake, c = Fake(), code(shared=0)
-    c = CodeObject(
-        image=c.image + f"{call} {status}".encode(), name=c.name, target=c.target, threads=64, shared=0, source_key=""
-    )
+    c = code(image=c.image + f"{call} {status}".encode(), threads=64)
     f = jax.jit(lambda x: copy(c, x)[0])
     fake.library.fake_fail(call.encode(), status)
     try:
@@ -311,7 +234,7 @@ def _injected(call, status, *parts):
         expect(
             str(e),
             "jaxnorm: kernel 'copy'",
-            NAMES[status][VENDOR == "cuda"],
+            NAMES[status][vendor() == "cuda"],
             c.target,
             "grid (3, 1, 1)",
             "block 64",
@@ -356,96 +279,17 @@ def shared_memory_refused_once():
     assert fake.counts() == {"loads": 1, "lookups": 1, "raises": 2, "launches": 1}
 
 
-def meet(c, blocks, stand_ins=None):
-    """X copied by so many blocks that meet, or by two launches of 13 and 17 that stand in for them, the second overlapping."""
-    stand_ins = ((13, -blocks, False), (17, -blocks, True)) if stand_ins is None else stand_ins
-
-    def f(x):
-        launches = ((blocks, blocks, False), *stand_ins)
-        kernels = [Kernel(c, (n, 1, 1), "ppi", (x.nbytes,), (0, 1), o, m) for n, m, o in launches]
-        return _native.launch(kernels, [x], [like(x)])[0]
-
-    return jax.jit(f)
-
-
-@scenario("cuda")
-def blocks_meet_where_all_have_room():
-    """Four multiprocessors with room for two: eight blocks, twice. Then no launch that stands in, else no other."""
-    for blocks, launches, together, overlaps, last in ((8, 1, 1, 0, 8), (9, 2, 0, 1, 17)):
-        fake, f = Fake(), meet(code(image=b"\x7fELF meet %d" % blocks, shared=100 << 10), blocks)
-        for times in (1, 2):
-            np.testing.assert_array_equal(f(X), X)
-            assert fake.counts() == {"loads": 1, "lookups": 1, "raises": 1, "launches": launches * times}
-            assert (fake.together(), fake.overlaps()) == (together * times, overlaps * times)
-        assert fake.last()[0] == last and fake.last()[6] == 100 << 10
-
-
-@scenario("cuda")
-def room_is_that_of_the_launch():
-    """One function with blocks of several sizes, in any order: 200 KiB leave room for 4, 60 KiB for 12, 1024 threads for 8."""
-    fake, image = Fake(), b"\x7fELF sizes of blocks"
-    sizes = {
-        4: code(image=image, shared=200 << 10),
-        12: code(image=image, shared=60 << 10),
-        8: code(image=image, threads=1024),
-    }
-    calls = [(meet(c, n), n <= room) for room, c in sizes.items() for n in (room, room + 1)]
-    for f, there in (*calls, *reversed(calls)):
-        before = fake.together()
-        np.testing.assert_array_equal(f(X), X)
-        assert fake.together() - before == there
-    assert fake.counts()["raises"] == 1 and fake.counts()["launches"] == 2 * (3 + 3 * 2)
-
-
-@scenario("cuda")
-def a_driver_that_finds_no_room_after_all():
-    """Launches stand in where it says so or knows no such launch; another status is an error."""
-    fake, f = Fake(), meet(code(), 4)
-    for status in (720, 801):
-        fake.library.fake_fail(b"together", status)
-        np.testing.assert_array_equal(f(X), X)
-        assert fake.last()[0] == 17
-    assert fake.together() == 0 and fake.counts()["launches"] == 4
-    fake.library.fake_fail(b"together", 2)
-    expect(error_of(f, X), "kernel 'copy'", "CUDA_ERROR_OUT_OF_MEMORY", "grid (4, 1, 1)")
-    np.testing.assert_array_equal(f(X), X)
-    assert fake.together() == 1 and fake.counts()["launches"] == 5
-
-
-@scenario("hip")
-def no_blocks_meet():
-    """HIP, and drivers without launches with attributes: what stands in is launched, none of it overlapping."""
-    fake, f = Fake(), meet(code(), 1)
-    for launches in (2, 4):
-        np.testing.assert_array_equal(f(X), X)
-        assert fake.counts()["launches"] == launches and fake.last()[0] == 17
-    assert fake.together() == fake.overlaps() == 0
-
-
-@scenario()
-def meeting_without_a_match():
-    fake, c = Fake(), code()
-    for f, part in (
-        (meet(c, 8, ()), "meeting[0]: got 8, expected -8 behind it"),
-        (meet(c, 8, ((13, 0, False), (13, -8, False))), "meeting[0]: got 8, expected -8 behind it"),
-        (meet(c, 8, ((13, -8, False), (13, -9, False))), "meeting[2]: got -9, expected 9 before it"),
-        (meet(c, 8, ((9, 8, False), (13, -8, False))), "meeting: got 8, expected its 9 blocks"),
-    ):
-        expect(error_of(f, X), "jaxnorm: kernel 'copy", part)
-    assert fake.counts()["launches"] == 0
-
-
 @scenario()
 def unknown_kernel():
     c = code("absent")
-    call = "hipModuleGetFunction" if VENDOR == "hip" else "cuModuleGetFunction"
+    call = "hipModuleGetFunction" if vendor() == "hip" else "cuModuleGetFunction"
     expect(error_of(lambda x: copy(c, x), X), "kernel 'absent'", "not in its code object", call, "(500)")
 
 
 @scenario()
 def launch_error():
     c = code("fail", shared=64, threads=128)
-    name = "hipErrorLaunchFailure (719)" if VENDOR == "hip" else "CUDA_ERROR_LAUNCH_FAILED (719)"
+    name = "hipErrorLaunchFailure (719)" if vendor() == "hip" else "CUDA_ERROR_LAUNCH_FAILED (719)"
     text = error_of(lambda x: copy(c, x, grid=(3, 2, 1)), X)
     expect(
         text,
@@ -491,7 +335,7 @@ def what_does_not_fit_together():
 @scenario()
 def the_largest_grid():
     # HIP counts threads in 32 bits, CUDA blocks in 31.
-    c, largest = code(threads=1024), (2**32 - 1) // 1024 if VENDOR == "hip" else 2**31 - 1
+    c, largest = code(threads=1024), (2**32 - 1) // 1024 if vendor() == "hip" else 2**31 - 1
     fake = Fake()
     jax.block_until_ready(copy(c, X, grid=(largest, 65535, 65535)))
     assert fake.last()[:3] == [largest, 65535, 65535]
@@ -509,8 +353,8 @@ def sixty_four_parameters():
 
 
 def main():
-    global VENDOR
-    library, VENDOR, *names = sys.argv[1:]
+    library, by, *names = sys.argv[1:]
+    use(by)
     # Work runs in the thread that called, so that a Python thread can choose the fake driver's device.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     _native.register(ctypes.CDLL(library), "cpu")
@@ -519,7 +363,7 @@ def main():
         print(error_of(lambda x: copy(code(), x), X))
         return
     for name, (function, vendors) in scenarios.items():
-        if name not in names if names else VENDOR not in vendors:
+        if name not in names if names else vendor() not in vendors:
             continue
         try:
             function()
