@@ -21,6 +21,7 @@ from . import (
     Unsupported,
     _groups_cluster,
     _groups_cluster_bwd,
+    _groups_held,
     compute_units,
     next_power_of_2,
     shared_memory,
@@ -57,12 +58,12 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     """
     s = _check(problem)
     if problem.stage == "groupnorm_fwd":
-        if h := _groups_cluster.choose(s):
-            if _groups_cluster.fits(s, h):
-                return _groups_cluster.launches(s, h)
-            return _forward_launches(s, replace(h.cut, min_blocks=1), low=True)
-        c = _forward(s)
-        return _forward_launches(s, _dense(s, c), _dense(s, _resident_apply(s, c)))
+        apart = _apart(s)
+        if held := _groups_held.choose(s, apart[0]):
+            return _groups_held.launches(s, held, _forward_launches(s, *apart))
+        if (h := _groups_cluster.choose(s)) and _groups_cluster.fits(s, h):
+            return _groups_cluster.launches(s, h)
+        return _forward_launches(s, *apart)
     if h := _groups_cluster_bwd.choose(s):
         return _groups_cluster_bwd.launches(s, h, _groups_cluster_bwd.examples(s, h))
     return _backward_launches(s, *_backward(s))
@@ -74,6 +75,7 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     found = [plan(problem)]
     others = (
         chain(
+            (_groups_held.launches(s, h, _forward_launches(s, *_apart(s))) for h in _groups_held.candidates(s, _apart(s)[0])),
             (_groups_cluster.launches(s, h) for h in _groups_cluster.candidates(s)),
             (_forward_launches(s, c) for c in _forward_candidates(s)),
         )
@@ -111,6 +113,14 @@ def _check(problem: Problem) -> Sizes:
 
 
 # --- forward
+
+
+def _apart(s: Sizes) -> tuple[Cut, Cut]:
+    """The cuts of the launches where no blocks wait for one another."""
+    if h := _groups_cluster.choose(s):
+        return (replace(h.cut, min_blocks=1),) * 2
+    c = _forward(s)
+    return _dense(s, c), _dense(s, _resident_apply(s, c))
 
 
 def _forward(s: Sizes) -> Cut:
@@ -233,12 +243,12 @@ def _wider(s: Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], fac
                 yield Cut(part, k, q, _tile(s, q, 640, _ceil(s.space, part), blocks))
 
 
-def _forward_launches(s: Sizes, c: Cut, normalise: Cut | None = None, low: bool = False) -> tuple[Launch, ...]:
-    """``normalise``: the cut of the second launch, if there is one; of the same parts. ``low``: what the means lost to rounding is
-    kept, as it is for float32."""
+def _forward_launches(s: Sizes, c: Cut, normalise: Cut | None = None) -> tuple[Launch, ...]:
+    """``normalise``: the cut of the second launch, if there is one; of the same parts. Of float32, what the means lost to rounding is
+    kept."""
     p, (shape, threads) = s.problem, map_macros(s, c)
     batches = ("batches", "i64", s.batch)
-    low = low or p.dtype("x") == "float32"
+    low = p.dtype("x") == "float32"
     vectors = (
         *vector_types(s),
         ("JN_Y", _type(p, "y")),

@@ -52,6 +52,10 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
   // then seldom meet in a bank.
   static constexpr int WIDTH = BY_COLUMN || ROW < 32 ? ROW : ROW + (ceil_div(EACH, UNITS) * UNITS - ROW % 32 + 32) % 32;
   static JN_CONST int sum_floats(int n) { return ceil_div(n * (Q * WIDTH + (BY_COLUMN ? WIDTH : GROUPS)), 4) * 4; }
+  static JN_CONST int sample_floats() { return ceil_div(ROW, 4) * 4; }
+  // N parts as one, a chunk to a step
+  template <int N> using Whole = LastMap<S, C, CG, V, TILE, Q, 1, N * PART>;
+  static constexpr bool WHOLE = S % PART == 0 && PART % (Q * K) == 0;
   // groups that a chunk can meet
   static constexpr int MET = CG % V == 0 ? 1 : min_of(UNITS, (V - 2) / CG + 2);
   static_assert(C % CG == 0 && C % V == 0 && TILE % V == 0 && TILE % CG == 0, "whole groups and chunks");
@@ -76,6 +80,8 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
     return live && (PART % (Q * K) == 0 || row < u32(PART)) && (S % PART == 0 || part * PART + row < u32(S));
   }
   JN_DEV u64 at(int step, int k) const { return start + u64(u32(step * K + k) * Q) * C; }
+  // where parts are whole: the thread has all chunks, or none
+  JN_DEV bool live_chunk() const { return live; }
   // group of a unit, within the tile and within the example
   JN_DEV u32 group(int u) const { return (j * V + u * U) / CG; }
   JN_DEV u32 whole_group(int u) const { return tile * GROUPS + group(u); }
@@ -159,6 +165,9 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
   static constexpr int U = V, UNITS = 1, THREADS = T_, WAVES = THREADS / kWave, G = C / CG, GROUPS = 1;
   static constexpr int CHUNKS = CG * (S / V), PARTS = ceil_div(CHUNKS, PART), STEPS = ceil_div(PART, THREADS* K);
   static JN_CONST int sum_floats(int n) { return n * WAVES; }
+  static JN_CONST int sample_floats() { return WAVES; }
+  template <int N> using Whole = FirstMap<S, C, CG, V, THREADS, 1, N * PART>;
+  static constexpr bool WHOLE = CHUNKS % PART == 0 && PART % (THREADS * K) == 0;
   static_assert(C % CG == 0 && S % V == 0 && THREADS % kWave == 0, "whole chunks");
 
   u64 batch;
@@ -180,6 +189,7 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
     return (PART % (THREADS * K) == 0 || c < u32(PART)) && (CHUNKS % PART == 0 || part * PART + c < u32(CHUNKS));
   }
   JN_DEV u64 at(int step, int k) const { return start + u64(u32(step * K + k) * THREADS) * V; }
+  JN_DEV bool live_chunk() const { return true; }
   JN_DEV u32 group(int) const { return 0; }
   JN_DEV u32 whole_group(int) const { return g; }
   // channel of a chunk, within the example

@@ -94,8 +94,8 @@ template <class M, class X, int SLOTS>
 using HeldOf = typename Select<(SLOTS > 0), Ring<M, X, SLOTS ? SLOTS : 1>, HeldStep<M, X>>::Type;
 
 // What the blocks of a cluster tell each other, in the shared memory of each: [GROUPS, PARTS, 4], the mean, squared
-// deviations and what the mean lost to rounding of each part.
-template <class M> struct Found {
+// deviations and with LOW what the mean lost to rounding of each part.
+template <class M, bool LOW> struct Found {
   static constexpr int floats = 4 * M::GROUPS * M::PARTS, bytes = 4 * floats;
   float* at;
   u64* ready;
@@ -133,14 +133,14 @@ template <class M> struct Found {
   JN_DEV void put(const M& map, u32 rank, int u, float share, const float (&pivot)[1][M::UNITS],
                   const float (&v)[2][M::UNITS]) const {
     const float e = v[0][u] * share;
-    cluster_put(at + 4 * (map.group(u) * M::PARTS + map.part), ready, rank, pivot[0][u],
-                fused_multiply_add(-e, v[0][u], v[1][u]), e, 0.f);
+    cluster_put(at + 4 * (map.group(u) * M::PARTS + map.part), ready, rank, LOW ? pivot[0][u] : pivot[0][u] + e,
+                fused_multiply_add(-e, v[0][u], v[1][u]), LOW ? e : 0.f, 0.f);
   }
 };
 
 // The statistics of a thread's units. memory: 3 * GROUPS floats.
-template <class M>
-JN_DEV void combine_found(const M& map, const Found<M>& found, float eps, float* memory,
+template <class M, bool LOW>
+JN_DEV void combine_found(const M& map, const Found<M, LOW>& found, float eps, float* memory,
                           GroupStats (&stats)[M::UNITS]) {
   constexpr int sub = Parts<M, true>::SUB;
   const u32 lane = map.thread % sub;
@@ -169,12 +169,13 @@ template <class M, class X, class Store, int SLOTS>
 JN_DEV void group_norm_cluster(const char* x, Store store, float eps, u64 batches, float* stats_out) {
   using Held = HeldOf<M, X, SLOTS>;
   if (linear_block() >= M::blocks(batches)) return;  // with its cluster
+  using Told = Found<M, (X::size > 2)>;  // as group_partials has it
   float* told = (float*)(shared_memory() + Held::bytes);
-  const Found<M> found{told, (u64*)(told + Found<M>::floats)};
-  float *first_sums = told + Found<M>::floats + 4, *sums = first_sums + M::sum_floats(1);
+  const Told found{told, (u64*)(told + Told::floats)};
+  float *first_sums = told + Told::floats + 4, *sums = first_sums + M::sum_floats(1);
   float* together = first_sums + ceil_div(M::sum_floats(1) + M::sum_floats(2), 4) * 4;
   cluster_begin(found.ready, 1);
-  if (thread_id() == 0) cluster_expect(found.ready, Found<M>::bytes);
+  if (thread_id() == 0) cluster_expect(found.ready, Told::bytes);
   const M map(linear_block(), thread_id());
   Held held(map, x, shared_memory());
   store.issue(map);

@@ -5,12 +5,14 @@
 //   group_apply     puts the parts together (Chan et al.), in one order, and normalises one part
 #pragma once
 #include "jaxnorm/groups.h"
+#include "jaxnorm/l2.h"
 
 namespace jaxnorm {
 
 // y = act((x - m) * a + c), a = rstd * weight, c = bias - low * a. Channels last: a thread's channels are always the
-// same, their constants stay in registers. Channels first: a chunk has one channel.
-template <class M, class W, class B, class Y, bool SILU> struct AffineStore {
+// same, their constants stay in registers. Channels first: a chunk has one channel. ONCE: chunks of 16 bytes that make
+// way in the cache for what is read again.
+template <class M, class W, class B, class Y, bool SILU, bool ONCE = false> struct AffineStore {
   static constexpr int V = M::V, HELD = M::LAST ? V : 1;
   const char *weight, *bias;
   char* y;
@@ -55,7 +57,10 @@ template <class M, class W, class B, class Y, bool SILU> struct AffineStore {
                        : fused_multiply_add(d, scale, shift);
       }
       if constexpr (SILU) silu_of<M::U>(f);
-      store_bits(y + map.at(step, k) * Y::size, narrow<Y, V>(f));
+      if constexpr (ONCE)
+        store_once(y + map.at(step, k) * Y::size, narrow<Y, V>(f));
+      else
+        store_bits(y + map.at(step, k) * Y::size, narrow<Y, V>(f));
     }
   }
 };
