@@ -64,9 +64,10 @@ def _held(s: Sizes, order: Cut, blocks: int) -> Held | None:
     chunks = each * order.part // order.q
     free = (shared_memory(s.problem.target) + RESERVED) // blocks - RESERVED - shared_bytes(s, h)
     slots = min(chunks, free // (16 * threads))
-    registers = min(chunks - slots, (_registers(threads, blocks) - 48) // 4)
-    if slots + registers < chunks:
-        registers = min(registers, (_registers(threads, blocks) - (68 if s.last else 64)) // 4)
+    most = _registers(threads, blocks)
+    registers = min(chunks - slots, (most - 48) // 4)
+    if slots + registers < chunks:  # what is fetched again needs some as well
+        registers = min(registers, (most - 68) // 4)
     if chunks < 16 or slots + registers < (1 - AGAIN) * chunks:
         return None
     return replace(h, slots=slots, registers=registers)
@@ -99,9 +100,14 @@ def candidates(s: Sizes, order: Cut) -> Iterator[Held]:
 def shared_bytes(s: Sizes, h: Held) -> int:
     threads = map_macros(s, h.cut)[1]
     groups = h.cut.tile // s.group if s.last else 1
-    sampled = _round_up(4 * h.cut.tile // s.u, 16) if s.last else threads // 8
-    told = (8 * h.each + 12) * groups
-    return h.slots * threads * 16 + sampled + sum_bytes(s, h.cut, threads, 2) + told
+    return h.slots * threads * 16 + sum_bytes(s, h.cut, threads, 2) + (8 * h.each + 12) * groups
+
+
+def word_count(s: Sizes, h: Held) -> int:
+    """Mail::WORDS of all teams"""
+    groups, parts = (h.cut.tile // s.group if s.last else 1), part_count(s, h.cut)
+    blocks, every = parts // h.each, groups * parts
+    return team_count(s, h.cut) * (blocks * every if every <= 512 else every + 2 * blocks * groups)
 
 
 def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]:
@@ -109,7 +115,6 @@ def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]
     p, (shape, threads) = s.problem, map_macros(s, h.cut)
     team = part_count(s, h.cut) // h.each
     blocks = team_count(s, h.cut) * team
-    groups = h.cut.tile // s.group if s.last else 1
     held = Launch(
         kernel=f"{SOURCE}:groupnorm_held",
         inputs=("x", "weight", "bias"),
@@ -128,7 +133,7 @@ def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]
         scalars=(("batches", "i64", s.batch),),
         threads=threads,
         shared=shared_bytes(s, h),
-        temps=(("words", (blocks * groups * part_count(s, h.cut), 4), "int32"),),
+        temps=(("words", (word_count(s, h), 4), "int32"),),
         meeting=blocks,
     )
     return held, *(replace(each, meeting=-blocks, overlaps=False) for each in apart)

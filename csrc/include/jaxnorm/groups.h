@@ -52,7 +52,6 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
   // then seldom meet in a bank.
   static constexpr int WIDTH = BY_COLUMN || ROW < 32 ? ROW : ROW + (ceil_div(EACH, UNITS) * UNITS - ROW % 32 + 32) % 32;
   static JN_CONST int sum_floats(int n) { return ceil_div(n * (Q * WIDTH + (BY_COLUMN ? WIDTH : GROUPS)), 4) * 4; }
-  static JN_CONST int sample_floats() { return ceil_div(ROW, 4) * 4; }
   // N parts as one, a chunk to a step
   template <int N> using Whole = LastMap<S, C, CG, V, TILE, Q, 1, N * PART>;
   static constexpr bool WHOLE = S % PART == 0 && PART % (Q * K) == 0;
@@ -126,14 +125,17 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
     }
   }
 
-  // What deviations are counted from: the mean over the chunks of the threads q = 0 alone, for a barrier and few reads.
-  // v[0][u]: sums of a unit's chunks in the first step.
+  // What deviations are counted from, of float32: the mean over the chunks of the threads q = 0 alone, for a barrier and
+  // few reads. v[0][u]: sums of a unit's chunks in the first step.
   JN_DEV void sample(float (&v)[1][UNITS], float* memory) const {
     if (q == 0) store_bits((char*)(memory + j * UNITS), narrow<F32, UNITS>(v[0]));
     barrier();
     const u32 positions = rows() < u32(Q * K) ? (rows() + (Q - 1)) / Q : u32(K);
     if (Q * J == THREADS || q < u32(Q)) group_sums(memory, v[0], 1.f / (float(positions) * CG));
   }
+
+  // Elements of the example's first position that are in the group of a unit, U of them.
+  JN_DEV u64 first_of_group(int u) const { return batch * (u64(S) * C) + (live ? whole_group(u) * CG : 0u); }
 
  private:
   // v[u] = scale * the sum of the EACH columns of the unit's group
@@ -165,7 +167,6 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
   static constexpr int U = V, UNITS = 1, THREADS = T_, WAVES = THREADS / kWave, G = C / CG, GROUPS = 1;
   static constexpr int CHUNKS = CG * (S / V), PARTS = ceil_div(CHUNKS, PART), STEPS = ceil_div(PART, THREADS* K);
   static JN_CONST int sum_floats(int n) { return n * WAVES; }
-  static JN_CONST int sample_floats() { return WAVES; }
   template <int N> using Whole = FirstMap<S, C, CG, V, THREADS, 1, N * PART>;
   static constexpr bool WHOLE = CHUNKS % PART == 0 && PART % (THREADS * K) == 0;
   static_assert(C % CG == 0 && S % V == 0 && THREADS % kWave == 0, "whole chunks");
@@ -200,6 +201,7 @@ template <int S_, int C_, int CG_, int V_, int T_, int K_, int PART_> struct Fir
   static JN_DEV float part_count(u32 p) { return float(p + 1 < u32(PARTS) ? PART : CHUNKS - (PARTS - 1) * PART) * V; }
   JN_DEV bool owns(int) const { return thread == 0; }
 
+  JN_DEV u64 first_of_group(int) const { return (batch * G + g) * (u64(CG) * S); }
   JN_DEV void sample(float (&v)[1][1], float* memory) const {
     totals<1>(v, memory);
     v[0][0] *= 1.f / first_count();

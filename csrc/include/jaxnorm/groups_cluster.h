@@ -177,14 +177,16 @@ JN_DEV void group_norm_cluster(const char* x, Store store, float eps, u64 batche
   cluster_begin(found.ready, 1);
   if (thread_id() == 0) cluster_expect(found.ready, Told::bytes);
   const M map(linear_block(), thread_id());
+  float pivot[1][M::UNITS] = {}, v[2][M::UNITS] = {};
+  if constexpr (!pivots_are_sampled<X>()) first_values<M, X>(map, x, pivot);
   Held held(map, x, shared_memory());
   store.issue(map);
 
-  // As group_partials does: deviations from the mean of the first step.
-  float pivot[1][M::UNITS] = {}, v[2][M::UNITS] = {};
   held.wait(0);
-  add_values(map, held.get(map, 0, 0), pivot);
-  map.sample(pivot, first_sums);
+  if constexpr (pivots_are_sampled<X>()) {
+    add_values(map, held.get(map, 0, 0), pivot);
+    map.sample(pivot, first_sums);
+  }
 #pragma unroll 1
   for (int s = 0; s < M::STEPS; ++s) {
     const int further = s < Held::AGAIN ? 0 : s - Held::AGAIN;

@@ -105,6 +105,25 @@ JN_DEV void add_deviations(const M& map, const Step<M, X>& x, int step, const fl
   }
 }
 
+// What the deviations of a group are counted from. Of 16 bits: the mean of its first U values, the same for every part
+// and known without waiting for other threads, whose loads may be last in a queue as long as a block's part of the chip
+// (29.1 us and 26 at 4x128x128x320). As those values are in the group, variance loses N / U units of its last place at
+// most. Float32, whose last places matter: of the first step of each part.
+template <class X> JN_CONST bool pivots_are_sampled() { return X::size > 2; }
+template <class M, class X> JN_DEV void first_values(const M& map, const char* x, float (&pivot)[1][M::UNITS]) {
+  Chunk<X, M::U> raw[M::UNITS];
+#pragma unroll
+  for (int u = 0; u < M::UNITS; ++u) raw[u] = load_chunk<X, M::U, false>(x + map.first_of_group(u) * X::size);
+#pragma unroll
+  for (int u = 0; u < M::UNITS; ++u) {
+    float f[M::U], sum = 0.f;
+    widen<X, M::U>(raw[u], f);
+#pragma unroll
+    for (int i = 0; i < M::U; ++i) sum += f[i];
+    pivot[0][u] = sum * (1.f / M::U);
+  }
+}
+
 // stats [batch, 3, C]: m, low and rstd of every channel's group, written by the blocks of the first part.
 template <class M> JN_DEV void save_stats(const M& map, const GroupStats (&stats)[M::UNITS], float* out) {
   if (map.part != 0) return;
@@ -173,21 +192,20 @@ JN_DEV void save_part(const M& map, const float (&pivot)[1][M::UNITS], const flo
 }
 
 // partials [batch * G, 2 or 3, PARTS]: mean, sum of squared deviations, and with LOW what the mean lost to rounding.
-// The pivot that deviations are counted from is the mean of the part's first step.
 template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, u64 batches, float* partials) {
   const u64 block = linear_block();
   let_next_launch_begin();
   if (block >= M::blocks(batches)) return;
   const M map(block, thread_id());
   float* memory = (float*)shared_memory();
+  float pivot[1][M::UNITS] = {};
+  if constexpr (!pivots_are_sampled<X>()) first_values<M, X>(map, x, pivot);
   Step<M, X> step;
   step.issue(map, x, 0);
-
-  float pivot[1][M::UNITS] = {};
-  add_values(map, step, pivot);
+  if constexpr (pivots_are_sampled<X>()) add_values(map, step, pivot);
   Step<M, X> ahead;
   if constexpr (M::STEPS > 1) ahead.issue(map, x, 1);
-  map.sample(pivot, memory);
+  if constexpr (pivots_are_sampled<X>()) map.sample(pivot, memory);
   float v[2][M::UNITS] = {};
   add_deviations(map, step, 0, pivot, v);
 #pragma unroll 1

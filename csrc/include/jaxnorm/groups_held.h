@@ -44,13 +44,14 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
       if (map.live_chunk()) Slot::fetch(base + c * Slot::footprint, map.thread, x + map.at(c, 0) * X::size);
       if (c % AT_ONCE == AT_ONCE - 1 || c == SLOTS - 1) async_commit();
     }
-#pragma unroll
-    for (int c = 0; c < REGISTERS; ++c) kept[c] = map.live_chunk() ? load_once(place(SLOTS + c)) : Bits<16>{};
   }
   // Chunk c of the first pass, in their order.
   JN_DEV Bits<16> first(int c) {
     if (c < SLOTS) {
-      if (c % AT_ONCE == 0) held_wait<max_of(FETCHES - 1, 0)>(FETCHES - 1 - c / AT_ONCE);
+      if (c % AT_ONCE == 0) {
+        held_wait<max_of(FETCHES - 1, 0)>(FETCHES - 1 - c / AT_ONCE);
+        keep(c / AT_ONCE);
+      }
       if constexpr (AGAIN > 0)  // on their way before the last of what is held has come
         if (c == SLOTS - 1) fetch_ahead();
       return slot(c);
@@ -83,11 +84,19 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
     }
 #pragma unroll
     for (int c = 0; c < REGISTERS; ++c) put(store, kept[c], SLOTS + c);
-#pragma unroll 4
+#pragma unroll(M::LAST ? max_of(SLOTS, 1) : 4)
     for (int c = 0; c < SLOTS; ++c) put(store, slot(c), c);
   }
 
  private:
+  // What goes to registers is asked for as shared memory fills: loads that wait in the first-level cache, which is
+  // small beside so much shared memory, would hold up the reads of what has come (30.5 us and 26 at 4x128x128x320).
+  JN_DEV void keep(int fetch) {
+#pragma unroll
+    for (int c = 0; c < REGISTERS; ++c)
+      if (c * FETCHES / max_of(REGISTERS, 1) == fetch)
+        kept[c] = map.live_chunk() ? load_once(place(SLOTS + c)) : Bits<16>{};
+  }
   JN_DEV const char* place(int c) const { return x + map.at(c, 0) * X::size; }
   JN_DEV Bits<16> slot(int c) const { return Slot::read(base + c * Slot::footprint, map.thread); }
   JN_DEV void fetch_ahead() {
@@ -104,50 +113,57 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
   }
 };
 
-// What a team has to say of the groups of its tile: words [team, to block, GROUPS, PARTS] of mean and squared deviations.
+// What the blocks of a team tell one another of the groups of their tile. Few words: each part's mean and squared
+// deviations to every block, [to block, GROUPS, PARTS]. Many, where that would be more traffic than the image is worth
+// (1x512x512x128: 13 us of 56): to the one block that puts a group together, [GROUPS, PARTS], which tells the others,
+// [to block, GROUPS, 2].
 template <class M, int EACH> struct Mail {
-  static constexpr int BLOCKS = M::PARTS / EACH, WORDS = M::GROUPS * EACH;
+  using P = Parts<M, false>;
+  static constexpr int BLOCKS = M::PARTS / EACH, OWN = M::GROUPS * EACH, ALL = M::GROUPS * M::PARTS;
+  static constexpr bool DIRECT = ALL <= 512;
+  static constexpr int WORDS = DIRECT ? BLOCKS * ALL : ALL + BLOCKS * M::GROUPS * 2;  // of a team
   static_assert(M::PARTS % EACH == 0, "the same number of parts for each block");
   char* words;  // of the team
   u32 block;    // of the team
 
   // told [GROUPS, EACH, 2]
   JN_DEV void send(const float* told, u32 thread) const {
-    for (u32 n = thread; n < u32(BLOCKS * WORDS); n += M::THREADS) {
-      const u32 to = n / WORDS, g = n % WORDS / EACH, i = n % EACH;
-      post(at(to, g, block * EACH + i), told[2 * (g * EACH + i)], told[2 * (g * EACH + i) + 1]);
+    for (u32 n = thread; n < u32((DIRECT ? BLOCKS : 1) * OWN); n += M::THREADS) {
+      const u32 to = n / OWN, own = n % OWN, g = own / EACH, i = own % EACH;
+      post(word(to * ALL + g * M::PARTS + block * EACH + i), told[2 * own], told[2 * own + 1]);
     }
   }
   // The statistics of a thread's units. memory: 3 * GROUPS floats.
   JN_DEV void receive(const M& map, float eps, float* memory, GroupStats (&stats)[M::UNITS]) const {
-    using P = Parts<M, false>;
     constexpr int at_once = M::THREADS / P::SUB;
-    const u32 lane = map.thread % P::SUB;
+    const u32 lane = map.thread % P::SUB, seat = map.thread / P::SUB;
+    if constexpr (DIRECT) {
 #pragma unroll 1
-    for (int s = 0; s < M::GROUPS; s += at_once) {
-      const u32 g = s + map.thread / P::SUB;
-      P parts{};
-#pragma unroll
-      for (int first = 0; first < P::EACH; first += 4) {
-        constexpr int most = min_of(P::EACH, 4);
-        char* from[most];
-        bool mine[most];
-        float mean[most], squares[most];
-#pragma unroll
-        for (int i = 0; i < most; ++i) {
-          const u32 p = (first + i) * P::SUB + lane;
-          mine[i] = g < u32(M::GROUPS) && p < u32(M::PARTS) && first + i < P::EACH;
-          from[i] = at(block, g, p);
-        }
-        take_posted(from, mine, mean, squares);
-#pragma unroll
-        for (int i = 0; i < most; ++i)
-          if (first + i < P::EACH) parts.mean[first + i] = mean[i], parts.squares[first + i] = squares[i];
+      for (int s = 0; s < M::GROUPS; s += at_once) {
+        const u32 g = s + seat;
+        const GroupStats one = combine(block * ALL, g, lane, eps);
+        if (g < u32(M::GROUPS) && lane == 0)
+          memory[3 * g] = one.m, memory[3 * g + 1] = one.low, memory[3 * g + 2] = one.rstd;
       }
-      parts.pivot = shfl_from<P::SUB, 0>(parts.mean[0]);
-      const GroupStats one = parts.combine(lane, eps);
-      if (g < u32(M::GROUPS) && lane == 0)
-        memory[3 * g] = one.m, memory[3 * g + 1] = one.low, memory[3 * g + 2] = one.rstd;
+    } else {
+      constexpr int own = ceil_div(M::GROUPS, BLOCKS);
+#pragma unroll 1
+      for (int s = 0; s < own; s += at_once) {
+        const u32 g = (s + seat) * BLOCKS + block;
+        const bool mine = s + seat < u32(own) && g < u32(M::GROUPS);
+        const GroupStats one = combine(0, mine ? g : u32(M::GROUPS), lane, eps);
+        if (!mine) continue;
+        for (u32 to = lane; to < u32(BLOCKS); to += P::SUB) {
+          post(result(to, g), one.m, one.low);
+          post(result(to, g) + 16, one.rstd, 0.f);
+        }
+      }
+      for (u32 g = map.thread; g < u32(M::GROUPS); g += M::THREADS) {
+        char* const from[2] = {result(block, g), result(block, g) + 16};
+        float a[2], b[2];
+        take_posted(from, {true, true}, a, b);
+        memory[3 * g] = a[0], memory[3 * g + 1] = b[0], memory[3 * g + 2] = a[1];
+      }
     }
     barrier();
 #pragma unroll
@@ -158,42 +174,63 @@ template <class M, int EACH> struct Mail {
   }
 
  private:
-  JN_DEV char* at(u32 to, u32 g, u32 part) const {
-    return words + 16 * u64((to * M::GROUPS + g) * M::PARTS + part);
+  JN_DEV char* word(u32 n) const { return words + 16 * u64(n); }
+  JN_DEV char* result(u32 to, u32 g) const { return word(ALL + (to * M::GROUPS + g) * 2); }
+  // Of the words from `first` on; by SUB lanes, all of which get the result. No words of a group that is none.
+  JN_DEV GroupStats combine(u32 first, u32 g, u32 lane, float eps) const {
+    P parts{};
+#pragma unroll
+    for (int from = 0; from < P::EACH; from += 4) {
+      constexpr int most = min_of(P::EACH, 4);
+      char* places[most];
+      bool mine[most];
+      float mean[most], squares[most];
+#pragma unroll
+      for (int i = 0; i < most; ++i) {
+        const u32 p = (from + i) * P::SUB + lane;
+        mine[i] = g < u32(M::GROUPS) && p < u32(M::PARTS) && from + i < P::EACH;
+        places[i] = word(first + g * M::PARTS + p);
+      }
+      take_posted(places, mine, mean, squares);
+#pragma unroll
+      for (int i = 0; i < most; ++i)
+        if (from + i < P::EACH) parts.mean[from + i] = mean[i], parts.squares[from + i] = squares[i];
+    }
+    parts.pivot = shfl_from<P::SUB, 0>(parts.mean[0]);
+    return parts.combine(lane, eps);
   }
 };
 
-// Shared memory: what is held, sample_floats, sum_floats(2), told and statistics 2 * EACH and 3 floats a group.
+// Shared memory: what is held, sum_floats(2), told and statistics 2 * EACH and 3 floats a group.
 template <class M, class X, class Store, int EACH, int SLOTS, int REGISTERS>
 JN_DEV void group_norm_held(const char* x, Store store, float eps, u64 batches, char* words, float* stats_out) {
   using Held = HeldParts<M, X, EACH, SLOTS, REGISTERS>;
   using Flat = typename Held::Flat;
   using Letters = Mail<M, EACH>;
-  static_assert(M::WHOLE, "whole parts and steps");
+  static_assert(M::WHOLE && !pivots_are_sampled<X>(), "whole parts and steps, 16 bits");
   const u64 block = linear_block();
   if (block >= Flat::blocks(batches)) return;  // with its team
   const u32 thread = thread_id();
   const Flat flat(block, thread);
+  float pivot[1][M::UNITS];
+  first_values<M, X>(M(block * EACH, thread), x, pivot);
   Held held(flat, x, shared_memory());
-  float *sampled = (float*)(shared_memory() + Held::bytes), *sums = sampled + M::sample_floats();
+  float* sums = (float*)(shared_memory() + Held::bytes);
   float *told = sums + M::sum_floats(2), *together = told + 2 * EACH * M::GROUPS;
 
-  // As group_partials does: deviations from the mean of the first step of a part.
+  // As group_partials does.
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const M map(block * EACH + i, thread);
-    float pivot[1][M::UNITS] = {}, v[2][M::UNITS] = {};
+    float v[2][M::UNITS] = {};
     Step<M, X> step;
 #pragma unroll
     for (int s = 0; s < M::STEPS; ++s) {
 #pragma unroll
       for (int k = 0; k < M::K; ++k) step.raw[k] = held.first((i * M::STEPS + s) * M::K + k);
-      if (s == 0) {
-        add_values(map, step, pivot);
-        map.sample(pivot, sampled);
-      }
       add_deviations(map, step, s, pivot, v);
     }
+    if (i > 0) barrier();  // others may still read the sums of the part before
     map.template totals<2, 1>(v, sums);
     const float share = 1.f / map.count();
 #pragma unroll
@@ -207,7 +244,7 @@ JN_DEV void group_norm_held(const char* x, Store store, float eps, u64 batches, 
   }
   barrier();
   const u64 team = block / Letters::BLOCKS;
-  const Letters letters{words + team * (16ull * Letters::BLOCKS * M::GROUPS * M::PARTS), u32(block % Letters::BLOCKS)};
+  const Letters letters{words + team * (16ull * Letters::WORDS), u32(block % Letters::BLOCKS)};
   letters.send(told, thread);
   held.turn();
   store.issue(flat);
