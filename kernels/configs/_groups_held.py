@@ -65,7 +65,7 @@ def _held(s: Sizes, order: Cut, blocks: int) -> Held | None:
     free = (shared_memory(s.problem.target) + RESERVED) // blocks - RESERVED - shared_bytes(s, h)
     slots = min(chunks, free // (16 * threads))
     most = _registers(threads, blocks)
-    registers = min(chunks - slots, (most - 48) // 4)
+    registers = min(slots, chunks - slots, (most - 48) // 4)
     if slots + registers < chunks:  # what is fetched again needs some as well
         registers = min(registers, (most - 68) // 4)
     if chunks < 16 or slots + registers < (1 - AGAIN) * chunks:

@@ -92,9 +92,10 @@ JN_DEV void add_deviations(const M& map, const Step<M, X>& x, int step, const fl
     widen<X, V, true>(x.raw[k], f);
 #pragma unroll
     for (int u = 0; u < M::UNITS; ++u) {
-      float sum = 0.f, squares = 0.f;
+      const float first = f[u * M::U] - pivot[0][u];
+      float sum = first, squares = first * first;
 #pragma unroll
-      for (int i = 0; i < M::U; ++i) {
+      for (int i = 1; i < M::U; ++i) {
         const float d = f[u * M::U + i] - pivot[0][u];
         sum += d;
         squares = fused_multiply_add(d, d, squares);

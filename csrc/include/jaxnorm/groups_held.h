@@ -25,14 +25,17 @@ template <int MOST> JN_DEV void held_wait(int pending) {
   }
 }
 
-// A thread's chunks of EACH parts: the first SLOTS in shared memory, REGISTERS more in registers, the others not.
+// A thread's chunks of EACH parts. All that are held come through shared memory: the first REGISTERS of them move on to
+// registers, and the next ones take their slots. (Loads to registers would wait in the first-level cache, which is small
+// beside so much shared memory, and hold up the reads of what has come: 30.5 us and 29.1 at 4x128x128x320.) The
+// others, AGAIN of them, are read, and read again when all is known.
 template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts {
   using Flat = typename M::template Whole<EACH>;
   using Slot = Stash<X, M::V, M::THREADS>;
-  static constexpr int OF_PART = M::STEPS * M::K, CHUNKS = EACH * OF_PART, HELD = SLOTS + REGISTERS;
-  static constexpr int AGAIN = CHUNKS - HELD, AHEAD = 4, AT_ONCE = 4, FETCHES = ceil_div(SLOTS, AT_ONCE);
-  static constexpr int bytes = SLOTS * Slot::footprint;
-  static_assert(X::size * M::V == 16 && HELD <= CHUNKS && (AGAIN == 0 || AGAIN >= AHEAD), "chunks of 16 bytes");
+  static constexpr int CHUNKS = EACH * M::STEPS * M::K, HELD = SLOTS + REGISTERS, AGAIN = CHUNKS - HELD, AHEAD = 4;
+  static constexpr int AT_ONCE = 4, GROUPS = ceil_div(HELD, AT_ONCE), bytes = SLOTS * Slot::footprint;
+  static_assert(X::size * M::V == 16 && 0 < SLOTS && REGISTERS <= SLOTS && HELD <= CHUNKS, "chunks of 16 bytes");
+  static_assert(AGAIN == 0 || AGAIN >= AHEAD, "as many on their way");
   const Flat& map;
   const char* x;
   unsigned char* base;
@@ -40,23 +43,20 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
 
   JN_DEV HeldParts(const Flat& m, const char* from, unsigned char* memory) : map(m), x(from), base(memory) {
 #pragma unroll
-    for (int c = 0; c < SLOTS; ++c) {
-      if (map.live_chunk()) Slot::fetch(base + c * Slot::footprint, map.thread, x + map.at(c, 0) * X::size);
-      if (c % AT_ONCE == AT_ONCE - 1 || c == SLOTS - 1) async_commit();
-    }
+    for (int c = 0; c < SLOTS; ++c) fetch(c);
   }
   // Chunk c of the first pass, in their order.
   JN_DEV Bits<16> first(int c) {
-    if (c < SLOTS) {
-      if (c % AT_ONCE == 0) {
-        held_wait<max_of(FETCHES - 1, 0)>(FETCHES - 1 - c / AT_ONCE);
-        keep(c / AT_ONCE);
-      }
+    if (c < HELD) {
+      const int asked = min_of(SLOTS + min_of(c, REGISTERS), HELD);
+      const int committed = asked == HELD ? GROUPS : asked / AT_ONCE;
+      if (c % AT_ONCE == 0) held_wait<GROUPS>(committed - (c / AT_ONCE + 1));
+      const Bits<16> found = slot(c);
+      if (c < REGISTERS) kept[c < REGISTERS ? c : 0] = found, fetch(SLOTS + c);
       if constexpr (AGAIN > 0)  // on their way before the last of what is held has come
-        if (c == SLOTS - 1) fetch_ahead();
-      return slot(c);
+        if (c == HELD - AT_ONCE) fetch_ahead();
+      return found;
     }
-    if (c < HELD) return kept[c - SLOTS];
     const int i = (c - HELD) % AHEAD;
     const Bits<16> found = ahead[i];
     if (c + AHEAD < CHUNKS) ahead[i] = map.live_chunk() ? load_kept(place(c + AHEAD)) : Bits<16>{};
@@ -83,22 +83,19 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
       }
     }
 #pragma unroll
-    for (int c = 0; c < REGISTERS; ++c) put(store, kept[c], SLOTS + c);
-#pragma unroll(M::LAST ? max_of(SLOTS, 1) : 4)
-    for (int c = 0; c < SLOTS; ++c) put(store, slot(c), c);
+    for (int c = 0; c < REGISTERS; ++c) put(store, kept[c], c);
+#pragma unroll(M::LAST ? SLOTS : 4)
+    for (int c = REGISTERS; c < HELD; ++c) put(store, slot(c), c);
   }
 
  private:
-  // What goes to registers is asked for as shared memory fills: loads that wait in the first-level cache, which is
-  // small beside so much shared memory, would hold up the reads of what has come (30.5 us and 26 at 4x128x128x320).
-  JN_DEV void keep(int fetch) {
-#pragma unroll
-    for (int c = 0; c < REGISTERS; ++c)
-      if (c * FETCHES / max_of(REGISTERS, 1) == fetch)
-        kept[c] = map.live_chunk() ? load_once(place(SLOTS + c)) : Bits<16>{};
-  }
   JN_DEV const char* place(int c) const { return x + map.at(c, 0) * X::size; }
-  JN_DEV Bits<16> slot(int c) const { return Slot::read(base + c * Slot::footprint, map.thread); }
+  JN_DEV unsigned char* at(int c) const { return base + (c < SLOTS ? c : c - SLOTS) * Slot::footprint; }
+  JN_DEV Bits<16> slot(int c) const { return Slot::read(at(c), map.thread); }
+  JN_DEV void fetch(int c) const {
+    if (map.live_chunk()) Slot::fetch(at(c), map.thread, place(c));
+    if (c % AT_ONCE == AT_ONCE - 1 || c == HELD - 1) async_commit();
+  }
   JN_DEV void fetch_ahead() {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) ahead[i] = map.live_chunk() ? load_kept(place(HELD + i)) : Bits<16>{};
