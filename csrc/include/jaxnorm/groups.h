@@ -240,13 +240,18 @@ template <class M, class X> struct Step {
 };
 
 // Values of the channels of a chunk; absent ones are `missing`.
-template <class W, int V> JN_DEV void load_channels(const char* w, u32 channel, float missing, float (&f)[V]) {
+template <class W, int V> JN_DEV void widen_channels(const Chunk<W, V>& raw, float missing, float (&f)[V]) {
   if constexpr (W::size > 0) {
-    widen<W, V>(load_chunk<W, V, false>(w + u64(channel) * W::size), f);
+    widen<W, V>(raw, f);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) f[i] = missing;
   }
+}
+template <class W, int V> JN_DEV void load_channels(const char* w, u32 channel, float missing, float (&f)[V]) {
+  Chunk<W, V> raw{};
+  if constexpr (W::size > 0) raw = load_chunk<W, V, false>(w + u64(channel) * W::size);
+  widen_channels<W, V>(raw, missing, f);
 }
 template <class W> JN_DEV float load_channel(const char* w, u32 channel, float missing) {
   float f[1];

@@ -17,13 +17,15 @@ template <class M, class W, class B, class Y, bool SILU, bool ONCE = false> stru
   const char *weight, *bias;
   char* y;
   float m[M::UNITS], low, rstd, a[HELD], c[HELD];
+  Chunk<W, HELD> raw_weight;
+  Chunk<B, HELD> raw_bias;
 
-  // the channels' vectors, asked for before the statistics are known
+  // The channels' vectors, asked for before the statistics are known, and not looked at before they are.
   JN_DEV void issue(const M& map) {
     if constexpr (M::LAST) {
       if (!map.live) return;
-      load_channels<W, V>(weight, map.channel(), 1.f, a);
-      load_channels<B, V>(bias, map.channel(), 0.f, c);
+      if constexpr (W::size > 0) raw_weight = load_chunk<W, V, false>(weight + u64(map.channel()) * W::size);
+      if constexpr (B::size > 0) raw_bias = load_chunk<B, V, false>(bias + u64(map.channel()) * B::size);
     }
   }
   JN_DEV void set(const GroupStats (&stats)[M::UNITS]) {
@@ -32,6 +34,8 @@ template <class M, class W, class B, class Y, bool SILU, bool ONCE = false> stru
     low = stats[0].low;
     rstd = stats[0].rstd;
     if constexpr (M::LAST) {
+      widen_channels<W>(raw_weight, 1.f, a);
+      widen_channels<B>(raw_bias, 0.f, c);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         a[i] *= stats[i / M::U].rstd;

@@ -34,6 +34,10 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
   using Slot = Stash<X, M::V, M::THREADS>;
   static constexpr int CHUNKS = EACH * M::STEPS * M::K, HELD = SLOTS + REGISTERS, AGAIN = CHUNKS - HELD, AHEAD = 4;
   static constexpr int AT_ONCE = 4, GROUPS = ceil_div(HELD, AT_ONCE), bytes = SLOTS * Slot::footprint;
+#ifndef JN_DEPTH
+#define JN_DEPTH 8
+#endif
+  static constexpr int DEPTH = min_of(JN_DEPTH, SLOTS);
   static_assert(X::size * M::V == 16 && 0 < SLOTS && REGISTERS <= SLOTS && HELD <= CHUNKS, "chunks of 16 bytes");
   static_assert(AGAIN == 0 || AGAIN >= AHEAD, "as many on their way");
   const Flat& map;
@@ -43,16 +47,17 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
 
   JN_DEV HeldParts(const Flat& m, const char* from, unsigned char* memory) : map(m), x(from), base(memory) {
 #pragma unroll
-    for (int c = 0; c < SLOTS; ++c) fetch(c);
+    for (int c = 0; c < DEPTH; ++c) fetch(c);
   }
   // Chunk c of the first pass, in their order.
   JN_DEV Bits<16> first(int c) {
     if (c < HELD) {
-      const int asked = min_of(SLOTS + min_of(c, REGISTERS), HELD);
+      const int asked = min_of(DEPTH + c, HELD);
       const int committed = asked == HELD ? GROUPS : asked / AT_ONCE;
       if (c % AT_ONCE == 0) held_wait<GROUPS>(committed - (c / AT_ONCE + 1));
       const Bits<16> found = slot(c);
-      if (c < REGISTERS) kept[c < REGISTERS ? c : 0] = found, fetch(SLOTS + c);
+      if (c < REGISTERS) kept[c < REGISTERS ? c : 0] = found;
+      if (c + DEPTH < HELD) fetch(c + DEPTH);
       if constexpr (AGAIN > 0)  // on their way before the last of what is held has come
         if (c == HELD - AT_ONCE) fetch_ahead();
       return found;
