@@ -40,14 +40,15 @@ JN_ENTRY JN_CLUSTER_OF(JN_CLUSTER) JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_groupnorm_held)
-// the same by teams of blocks that run at the same time, each with JN_EACH parts; words: group_norm_held's, 16 bytes
+// the same by teams of blocks that run at the same time, each with JN_EACH parts of JN_WAVES
+// teams; words: group_norm_held's, 16 bytes
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     groupnorm_held(const char* x, const char* weight, const char* bias, unsigned long long batches, char* y,
                    float* stats, char* words) {
   using namespace jaxnorm;
   using Store = AffineStore<JN_MAP::Whole<JN_EACH>, JN_WEIGHT, JN_BIAS, JN_Y, JN_SILU, true>;
-  group_norm_held<JN_MAP, JN_X, Store, JN_EACH, JN_SLOTS, JN_REGISTERS>(x, Store{weight, bias, y}, JN_EPS, batches,
-                                                                        words, JN_HAS_STATS ? stats : nullptr);
+  group_norm_held<JN_MAP, JN_X, Store, JN_EACH, JN_WAVES, JN_SLOTS, JN_REGISTERS>(
+      x, Store{weight, bias, y}, JN_EPS, batches, words, JN_HAS_STATS ? stats : nullptr);
 }
 #endif
 

@@ -72,6 +72,8 @@ def _last(s: Sizes) -> Cluster | None:
         parts, q, k, chunks, threads = (16, 32, 2, 10, 1280) if silu else (16, 16, 4, 10, 640)
     else:
         parts, q, k, chunks, threads = (16, 64, 4, 5, 768) if s.columns <= 2 else (16, 32, 4, 10, 640)
+    if s.space > 4096 and s.columns > 2:  # beside 4x128x128x320 by _groups_held, of the cut of two launches, 27 us
+        return None
     if (not small and (s.chunks <= 2560 or s.space > 16384)) or s.u % 2 or q * s.columns > MAX_THREADS // 2:
         return None
     if silu and _slow_with_silu(s):

@@ -26,10 +26,12 @@ AGAIN = 0.4
 
 @dataclass(frozen=True)
 class Held:
-    """``each`` parts of ``cut`` to a block, of whose chunks a thread has ``slots`` in shared memory and ``registers`` in registers."""
+    """``each`` parts of ``waves`` teams to a block, of whose chunks a thread has ``slots`` in shared memory and ``registers`` in
+    registers."""
 
     cut: Cut
     each: int
+    waves: int
     slots: int
     registers: int
 
@@ -48,27 +50,30 @@ def choose(s: Sizes, order: Cut) -> Held | None:
             return None
         order = replace(order, tile=max(tiles))
     threads = map_macros(s, order)[1]
-    found = (_held(s, order, max(1, n // threads)) for n in (THREADS, 512))
+    found = (_held(s, order, max(1, n // threads), waves) for waves in (2, 1) for n in (THREADS, 512))
     return next((h for h in found if h), None)
 
 
-def _held(s: Sizes, order: Cut, blocks: int) -> Held | None:
-    """By so many blocks to a unit."""
+def _held(s: Sizes, order: Cut, blocks: int, waves: int) -> Held | None:
+    """By so many blocks to a unit, each with parts of so many teams."""
     threads = map_macros(s, order)[1]
-    parts, teams = part_count(s, order), team_count(s, order)
+    if (s.batch if s.last else s.batch * s.groups) % waves:
+        return None
+    parts, teams = part_count(s, order), team_count(s, order) // waves
     room = blocks * compute_units(s.problem.target)
     each = next((n for n in range(1, parts + 1) if parts % n == 0 and teams * (parts // n) <= room), 0)
     if not each or teams * (parts // each) < 0.85 * room:
         return None
-    h = Held(replace(order, min_blocks=blocks), each, 0, 0)
-    chunks = each * order.part // order.q
+    h = Held(replace(order, min_blocks=blocks), each, waves, 0, 0)
+    chunks = waves * each * order.part // order.q
     free = (shared_memory(s.problem.target) + RESERVED) // blocks - RESERVED - shared_bytes(s, h)
     slots = min(chunks, free // (16 * threads))
     most = _registers(threads, blocks)
     registers = min(slots, chunks - slots, (most - 48) // 4)
     if slots + registers < chunks:  # what is fetched again needs some as well
         registers = min(registers, (most - 68) // 4)
-    if chunks < 16 or slots + registers < (1 - AGAIN) * chunks:
+    again = chunks - slots - registers
+    if chunks < 16 or again > AGAIN * chunks or again * waves > chunks:
         return None
     return replace(h, slots=slots, registers=registers)
 
@@ -93,14 +98,17 @@ def candidates(s: Sizes, order: Cut) -> Iterator[Held]:
     if s.last:
         for tile in (base.cut.tile // 2, base.cut.tile * 2):
             if tile and tile % s.narrowest == 0 and s.channels % tile == 0 and base.cut.q * tile // s.v <= 1024:
-                if h := _held(s, replace(base.cut, tile=tile), max(1, base.cut.min_blocks * base.cut.tile // tile)):
+                if h := _held(s, replace(base.cut, tile=tile), max(1, base.cut.min_blocks * base.cut.tile // tile), base.waves):
                     yield h
+    for waves in (1, 2):
+        if waves != base.waves and (h := _held(s, base.cut, base.cut.min_blocks, waves)):
+            yield h
 
 
 def shared_bytes(s: Sizes, h: Held) -> int:
     threads = map_macros(s, h.cut)[1]
     groups = h.cut.tile // s.group if s.last else 1
-    return h.slots * threads * 16 + sum_bytes(s, h.cut, threads, 2) + (8 * h.each + 12) * groups
+    return h.slots * threads * 16 + sum_bytes(s, h.cut, threads, 2) + (8 * h.each + 12 * h.waves) * groups
 
 
 def word_count(s: Sizes, h: Held) -> int:
@@ -114,7 +122,7 @@ def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]
     """``apart``: what stands in."""
     p, (shape, threads) = s.problem, map_macros(s, h.cut)
     team = part_count(s, h.cut) // h.each
-    blocks = team_count(s, h.cut) * team
+    blocks = team_count(s, h.cut) // h.waves * team
     held = Launch(
         kernel=f"{SOURCE}:groupnorm_held",
         inputs=("x", "weight", "bias"),
@@ -127,6 +135,7 @@ def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]
             ("JN_EPS", float(p.option("eps"))),  # type: ignore[arg-type]
             ("JN_HAS_STATS", p.has("stats")),
             ("JN_EACH", h.each),
+            ("JN_WAVES", h.waves),
             ("JN_SLOTS", h.slots),
             ("JN_REGISTERS", h.registers),
         ),

@@ -29,23 +29,21 @@ template <int MOST> JN_DEV void held_wait(int pending) {
 // registers, and the next ones take their slots. (Loads to registers would wait in the first-level cache, which is small
 // beside so much shared memory, and hold up the reads of what has come: 30.5 us and 29.1 at 4x128x128x320.) The
 // others, AGAIN of them, are read, and read again when all is known.
-template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts {
+template <class M, class X, int EACH, int WAVES, int SLOTS, int REGISTERS> struct HeldParts {
   using Flat = typename M::template Whole<EACH>;
   using Slot = Stash<X, M::V, M::THREADS>;
-  static constexpr int CHUNKS = EACH * M::STEPS * M::K, HELD = SLOTS + REGISTERS, AGAIN = CHUNKS - HELD, AHEAD = 4;
+  static constexpr int OF_WAVE = EACH * M::STEPS * M::K, CHUNKS = WAVES * OF_WAVE, HELD = SLOTS + REGISTERS, AGAIN = CHUNKS - HELD, AHEAD = 4;
   static constexpr int AT_ONCE = 4, GROUPS = ceil_div(HELD, AT_ONCE), bytes = SLOTS * Slot::footprint;
-#ifndef JN_DEPTH
-#define JN_DEPTH 8
-#endif
-  static constexpr int DEPTH = min_of(JN_DEPTH, SLOTS);
+  // On their way at once; more was no faster.
+  static constexpr int DEPTH = min_of(8, SLOTS);
   static_assert(X::size * M::V == 16 && 0 < SLOTS && REGISTERS <= SLOTS && HELD <= CHUNKS, "chunks of 16 bytes");
-  static_assert(AGAIN == 0 || AGAIN >= AHEAD, "as many on their way");
-  const Flat& map;
+  static_assert(AGAIN == 0 || (AGAIN >= AHEAD && AGAIN <= OF_WAVE), "as many on their way, of the last wave");
+  const Flat (&maps)[WAVES];
   const char* x;
   unsigned char* base;
   Bits<16> kept[max_of(REGISTERS, 1)], ahead[AHEAD];
 
-  JN_DEV HeldParts(const Flat& m, const char* from, unsigned char* memory) : map(m), x(from), base(memory) {
+  JN_DEV HeldParts(const Flat (&m)[WAVES], const char* from, unsigned char* memory) : maps(m), x(from), base(memory) {
 #pragma unroll
     for (int c = 0; c < DEPTH; ++c) fetch(c);
   }
@@ -64,7 +62,7 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
     }
     const int i = (c - HELD) % AHEAD;
     const Bits<16> found = ahead[i];
-    if (c + AHEAD < CHUNKS) ahead[i] = map.live_chunk() ? load_kept(place(c + AHEAD)) : Bits<16>{};
+    if (c + AHEAD < CHUNKS) ahead[i] = live() ? load_kept(place_again(c + AHEAD)) : Bits<16>{};
     return found;
   }
   // Asks for what is normalised first.
@@ -74,45 +72,64 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldParts
       for (int i = 0; i < AHEAD; ++i) again(i, CHUNKS - 1 - i);
     }
   }
-  template <class Store> JN_DEV void store_all(const Store& store) {
+  // The chunks of a wave.
+  template <class Store> JN_DEV void store_wave(const Store& store, int wave) {
+    const int first = wave * OF_WAVE, end = first + OF_WAVE;
     if constexpr (AGAIN > 0) {
+      if (wave == WAVES - 1) {
 #pragma unroll 1
-      for (int s = 0; s < AGAIN; s += AHEAD) {
+        for (int s = 0; s < AGAIN; s += AHEAD) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-          const int c = CHUNKS - 1 - s - i;
-          if (c < HELD) continue;
-          put(store, ahead[i], c);
-          again(i, c - AHEAD);
+          for (int i = 0; i < AHEAD; ++i) {
+            const int c = CHUNKS - 1 - s - i;
+            if (c < HELD) continue;
+            put(store, ahead[i], c, WAVES - 1);
+            again(i, c - AHEAD);
+          }
         }
       }
     }
 #pragma unroll
-    for (int c = 0; c < REGISTERS; ++c) put(store, kept[c], c);
+    for (int c = 0; c < REGISTERS; ++c)
+      if (first <= c && c < end) put(store, kept[c], c, wave);
 #pragma unroll(M::LAST ? SLOTS : 4)
-    for (int c = REGISTERS; c < HELD; ++c) put(store, slot(c), c);
+    for (int c = max_of(REGISTERS, first); c < min_of(HELD, end); ++c) put(store, slot(c), c, wave);
   }
 
  private:
-  JN_DEV const char* place(int c) const { return x + map.at(c, 0) * X::size; }
+  JN_DEV bool live() const { return maps[0].live_chunk(); }
+  JN_DEV const char* place(int c) const { return x + maps[c / OF_WAVE].at(c % OF_WAVE, 0) * X::size; }
+  JN_DEV const char* place_again(int c) const {
+    return x + maps[WAVES - 1].at(c - (WAVES - 1) * OF_WAVE, 0) * X::size;
+  }
   JN_DEV unsigned char* at(int c) const { return base + (c < SLOTS ? c : c - SLOTS) * Slot::footprint; }
-  JN_DEV Bits<16> slot(int c) const { return Slot::read(at(c), map.thread); }
+  JN_DEV Bits<16> slot(int c) const { return Slot::read(at(c), maps[0].thread); }
   JN_DEV void fetch(int c) const {
-    if (map.live_chunk()) Slot::fetch(at(c), map.thread, place(c));
+    if (live()) Slot::fetch(at(c), maps[0].thread, place(c));
     if (c % AT_ONCE == AT_ONCE - 1 || c == HELD - 1) async_commit();
   }
   JN_DEV void fetch_ahead() {
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) ahead[i] = map.live_chunk() ? load_kept(place(HELD + i)) : Bits<16>{};
+    for (int i = 0; i < AHEAD; ++i) ahead[i] = live() ? load_kept(place_again(HELD + i)) : Bits<16>{};
   }
   JN_DEV void again(int i, int c) {
-    if (c >= HELD && map.live_chunk()) ahead[i] = load_once(place(c));
+    if (c >= HELD && live()) ahead[i] = load_once(place_again(c));
   }
-  template <class Store> JN_DEV void put(const Store& store, const Bits<16>& raw, int c) const {
+  template <class Store> JN_DEV void put(const Store& store, const Bits<16>& raw, int c, int wave) const {
     Step<Flat, X> one;
     one.raw[0] = raw;
-    store.store(map, one, c);
+    store.store(maps[wave], one, c - wave * OF_WAVE);
   }
+};
+
+template <class Flat, int WAVES> struct Waves;
+template <class Flat> struct Waves<Flat, 1> {
+  Flat maps[1];
+  JN_DEV Waves(u64 block, u64, u32 thread) : maps{Flat(block, thread)} {}
+};
+template <class Flat> struct Waves<Flat, 2> {
+  Flat maps[2];
+  JN_DEV Waves(u64 block, u64 apart, u32 thread) : maps{Flat(block, thread), Flat(block + apart, thread)} {}
 };
 
 // What the blocks of a team tell one another of the groups of their tile. Few words: each part's mean and squared
@@ -128,6 +145,7 @@ template <class M, int EACH> struct Mail {
   char* words;  // of the team
   u32 block;    // of the team
 
+  JN_DEV Mail(char* all, u64 b) : words(all + b / BLOCKS * (16ull * WORDS)), block(u32(b % BLOCKS)) {}
   // told [GROUPS, EACH, 2]
   JN_DEV void send(const float* told, u32 thread) const {
     for (u32 n = thread; n < u32((DIRECT ? BLOCKS : 1) * OWN); n += M::THREADS) {
@@ -203,36 +221,39 @@ template <class M, int EACH> struct Mail {
   }
 };
 
-// Shared memory: what is held, sum_floats(2), told and statistics 2 * EACH and 3 floats a group.
-template <class M, class X, class Store, int EACH, int SLOTS, int REGISTERS>
+// A block has EACH parts of WAVES teams: what it waits for from the first comes while it reads the second.
+// Shared memory: what is held, sum_floats(2), told 2 * EACH floats a group, statistics 3 * WAVES.
+template <class M, class X, class Store, int EACH, int WAVES, int SLOTS, int REGISTERS>
 JN_DEV void group_norm_held(const char* x, Store store, float eps, u64 batches, char* words, float* stats_out) {
-  using Held = HeldParts<M, X, EACH, SLOTS, REGISTERS>;
+  using Held = HeldParts<M, X, EACH, WAVES, SLOTS, REGISTERS>;
   using Flat = typename Held::Flat;
   using Letters = Mail<M, EACH>;
   static_assert(M::WHOLE && !pivots_are_sampled<X>(), "whole parts and steps, 16 bits");
-  const u64 block = linear_block();
-  if (block >= Flat::blocks(batches)) return;  // with its team
+  const u64 apart = Flat::blocks(batches) / WAVES, block = linear_block();  // of waves
+  if (block >= apart) return;                                              // with its teams
   const u32 thread = thread_id();
-  const Flat flat(block, thread);
+  const Waves<Flat, WAVES> flat(block, apart, thread);
   float pivot[1][M::UNITS];
   first_values<M, X>(M(block * EACH, thread), x, pivot);
-  Held held(flat, x, shared_memory());
+  Held held(flat.maps, x, shared_memory());
   float* sums = (float*)(shared_memory() + Held::bytes);
   float *told = sums + M::sum_floats(2), *together = told + 2 * EACH * M::GROUPS;
 
   // As group_partials does.
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    const M map(block * EACH + i, thread);
+  for (int n = 0; n < WAVES * EACH; ++n) {
+    const int wave = n / EACH, i = n % EACH;
+    const M map((block + wave * apart) * EACH + i, thread);
+    if (n > 0 && i == 0) first_values<M, X>(map, x, pivot);
     float v[2][M::UNITS] = {};
     Step<M, X> step;
 #pragma unroll
     for (int s = 0; s < M::STEPS; ++s) {
 #pragma unroll
-      for (int k = 0; k < M::K; ++k) step.raw[k] = held.first((i * M::STEPS + s) * M::K + k);
+      for (int k = 0; k < M::K; ++k) step.raw[k] = held.first((n * M::STEPS + s) * M::K + k);
       add_deviations(map, step, s, pivot, v);
     }
-    if (i > 0) barrier();  // others may still read the sums of the part before
+    if (n > 0) barrier();  // others may still read the sums of the part before
     map.template totals<2, 1>(v, sums);
     const float share = 1.f / map.count();
 #pragma unroll
@@ -243,18 +264,21 @@ JN_DEV void group_norm_held(const char* x, Store store, float eps, u64 batches, 
       at[0] = pivot[0][u] + e;
       at[1] = fused_multiply_add(-e, v[0][u], v[1][u]);
     }
+    if (i < EACH - 1) continue;
+    barrier();
+    Letters(words, block + wave * apart).send(told, thread);
   }
-  barrier();
-  const u64 team = block / Letters::BLOCKS;
-  const Letters letters{words + team * (16ull * Letters::WORDS), u32(block % Letters::BLOCKS)};
-  letters.send(told, thread);
-  held.turn();
-  store.issue(flat);
-  GroupStats stats[M::UNITS];
-  letters.receive(M(block * EACH, thread), eps, together, stats);
-  store.set(stats);
-  held.store_all(store);
-  if (stats_out != nullptr) save_stats(M(block * EACH, thread), stats, stats_out);
+#pragma unroll
+  for (int wave = 0; wave < WAVES; ++wave) {
+    const M map((block + wave * apart) * EACH, thread);
+    if (wave == WAVES - 1) held.turn();
+    store.issue(flat.maps[wave]);
+    GroupStats stats[M::UNITS];
+    Letters(words, block + wave * apart).receive(map, eps, together + 3 * M::GROUPS * wave, stats);
+    store.set(stats);
+    held.store_wave(store, wave);
+    if (stats_out != nullptr) save_stats(map, stats, stats_out);
+  }
 }
 
 }  // namespace jaxnorm
