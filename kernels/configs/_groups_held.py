@@ -1,7 +1,8 @@
-"""GroupNorm in one launch by teams of blocks all over the device that hold parts of groups (``groups_held.h``): when, and who holds what.
+"""GroupNorm in one launch by teams of blocks all over the device that hold parts of groups (``groups_held.h``): when, and who holds
+what.
 
-The order of the sums is that of the launches that stand in where a device has no room for all blocks at once, and of those for fewer
-or more examples: whether a team holds the image looks at the batch, the cut does not.
+The order of the sums is that of the launches that stand in where a device has no room for all blocks at once, and of those for
+fewer or more examples: whether teams hold the image looks at the batch, the cut does not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from . import Launch, compute_units, shared_memory
 from ._groups import Cut, Sizes, map_macros, part_count, sum_bytes, vector_types
-from ._hip import _grid, _itemsize, _registers, _round_up, _type
+from ._hip import _grid, _itemsize, _registers, _type
 
 SOURCE = "groupnorm.hip"
 TARGETS = ("sm_90",)
@@ -22,6 +23,10 @@ THREADS = 640
 """Of a unit at most: 96 registers to each, half of them for what is held."""
 AGAIN = 0.4
 """Of the chunks at most that are fetched again."""
+FEWEST = 16
+"""Chunks of a thread: with less the way over the device is longer than what it saves."""
+BUSY = 0.85
+"""Of the blocks that there is room for at least."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +54,43 @@ def choose(s: Sizes, order: Cut) -> Held | None:
         if not tiles:
             return None
         order = replace(order, tile=max(tiles))
+    elif s.chunks < (131072 if p.option("silu") else 65536):
+        return None
     threads = map_macros(s, order)[1]
-    found = (_held(s, order, max(1, n // threads), waves) for waves in (2, 1) for n in (THREADS, 512))
-    return next((h for h in found if h), None)
+    found = [h for n in (THREADS, 512) if (h := held(s, order, max(1, n // threads)))]
+    if found and s.last and not p.option("silu"):
+        two = held(s, order, found[0].cut.min_blocks, 2)
+        if two and two.each == 1 and chunk_count(two) == two.slots + two.registers:
+            return two
+    return found[0] if found else None
 
 
-def _held(s: Sizes, order: Cut, blocks: int, waves: int) -> Held | None:
+def held(s: Sizes, order: Cut, blocks: int, waves: int = 1) -> Held | None:
     """By so many blocks to a unit, each with parts of so many teams."""
-    threads = map_macros(s, order)[1]
+    threads, most = map_macros(s, order)[1], _registers(map_macros(s, order)[1], blocks)
     if (s.batch if s.last else s.batch * s.groups) % waves:
         return None
     parts, teams = part_count(s, order), team_count(s, order) // waves
     room = blocks * compute_units(s.problem.target)
     each = next((n for n in range(1, parts + 1) if parts % n == 0 and teams * (parts // n) <= room), 0)
-    if not each or teams * (parts // each) < 0.85 * room:
+    if not each or teams * (parts // each) < BUSY * room:
         return None
     h = Held(replace(order, min_blocks=blocks), each, waves, 0, 0)
-    chunks = waves * each * order.part // order.q
+    chunks = chunk_count(h)
     free = (shared_memory(s.problem.target) + RESERVED) // blocks - RESERVED - shared_bytes(s, h)
     slots = min(chunks, free // (16 * threads))
-    most = _registers(threads, blocks)
     registers = min(slots, chunks - slots, (most - 48) // 4)
     if slots + registers < chunks:  # what is fetched again needs some as well
-        registers = min(registers, (most - 68) // 4)
+        registers = min(registers, (most - (72 if s.problem.option("silu") else 68)) // 4)
     again = chunks - slots - registers
-    if chunks < 16 or again > AGAIN * chunks or again * waves > chunks:
+    if chunks < FEWEST or again > AGAIN * chunks or again * waves > chunks or 0 < again < 4:
         return None
     return replace(h, slots=slots, registers=registers)
+
+
+def chunk_count(h: Held) -> int:
+    """HeldParts::CHUNKS"""
+    return h.waves * h.each * h.cut.part // h.cut.q
 
 
 def whole(s: Sizes, c: Cut) -> bool:
@@ -98,10 +113,12 @@ def candidates(s: Sizes, order: Cut) -> Iterator[Held]:
     if s.last:
         for tile in (base.cut.tile // 2, base.cut.tile * 2):
             if tile and tile % s.narrowest == 0 and s.channels % tile == 0 and base.cut.q * tile // s.v <= 1024:
-                if h := _held(s, replace(base.cut, tile=tile), max(1, base.cut.min_blocks * base.cut.tile // tile), base.waves):
+                if h := held(
+                    s, replace(base.cut, tile=tile), max(1, base.cut.min_blocks * base.cut.tile // tile), base.waves
+                ):
                     yield h
     for waves in (1, 2):
-        if waves != base.waves and (h := _held(s, base.cut, base.cut.min_blocks, waves)):
+        if waves != base.waves and (h := held(s, base.cut, base.cut.min_blocks, waves)):
             yield h
 
 

@@ -75,7 +75,10 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     found = [plan(problem)]
     others = (
         chain(
-            (_groups_held.launches(s, h, _forward_launches(s, *_apart(s))) for h in _groups_held.candidates(s, _apart(s)[0])),
+            (
+                _groups_held.launches(s, h, _forward_launches(s, *_apart(s)))
+                for h in _groups_held.candidates(s, _apart(s)[0])
+            ),
             (_groups_cluster.launches(s, h) for h in _groups_cluster.candidates(s)),
             (_forward_launches(s, c) for c in _forward_candidates(s)),
         )
@@ -244,8 +247,8 @@ def _wider(s: Sizes, base: Cut, lanes: tuple[int, ...], ks: tuple[int, ...], fac
 
 
 def _forward_launches(s: Sizes, c: Cut, normalise: Cut | None = None) -> tuple[Launch, ...]:
-    """``normalise``: the cut of the second launch, if there is one; of the same parts. Of float32, what the means lost to rounding is
-    kept."""
+    """``normalise``: the cut of the second launch, if there is one; of the same parts. Of float32, what the means lost to rounding
+    is kept."""
     p, (shape, threads) = s.problem, map_macros(s, c)
     batches = ("batches", "i64", s.batch)
     low = p.dtype("x") == "float32"

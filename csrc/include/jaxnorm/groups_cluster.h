@@ -169,7 +169,7 @@ template <class M, class X, class Store, int SLOTS>
 JN_DEV void group_norm_cluster(const char* x, Store store, float eps, u64 batches, float* stats_out) {
   using Held = HeldOf<M, X, SLOTS>;
   if (linear_block() >= M::blocks(batches)) return;  // with its cluster
-  using Told = Found<M, (X::size > 2)>;  // as group_partials has it
+  using Told = Found<M, (X::size > 2)>;              // as group_partials has it
   float* told = (float*)(shared_memory() + Held::bytes);
   const Told found{told, (u64*)(told + Told::floats)};
   float *first_sums = told + Told::floats + 4, *sums = first_sums + M::sum_floats(1);

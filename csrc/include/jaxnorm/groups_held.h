@@ -1,10 +1,11 @@
 // GroupNorm in one launch where the chip holds the image but a cluster of blocks does not hold its part of it: teams of
 // blocks anywhere on the device, each with EACH parts of a tile, one after the other. A block reads its parts once,
-// keeps of them what shared memory and registers have room for, and tells the others of its team what it found (post.h).
-// What there is no room for is fetched again, last first, and the cache is asked to keep that and nothing else.
+// keeps of them what shared memory and registers have room for, and tells the others of its team what it found
+// (post.h). What there is no room for is fetched again, last first, and the cache is asked to keep that and nothing
+// else.
 //
-// A phase of reads, a meeting, a phase of writes: parts in flight between the two cost nothing here, where the blocks of
-// several images in turn would wait behind one another's loads.
+// A phase of reads, a meeting, a phase of writes: parts in flight between the two cost nothing here, where the blocks
+// of several images in turn would wait behind one another's loads.
 #pragma once
 #include "jaxnorm/groups_fwd.h"
 #include "jaxnorm/l2.h"
@@ -26,13 +27,14 @@ template <int MOST> JN_DEV void held_wait(int pending) {
 }
 
 // A thread's chunks of EACH parts. All that are held come through shared memory: the first REGISTERS of them move on to
-// registers, and the next ones take their slots. (Loads to registers would wait in the first-level cache, which is small
-// beside so much shared memory, and hold up the reads of what has come: 30.5 us and 29.1 at 4x128x128x320.) The
+// registers, and the next ones take their slots. (Loads to registers would wait in the first-level cache, which is
+// small beside so much shared memory, and hold up the reads of what has come: 30.5 us and 29.1 at 4x128x128x320.) The
 // others, AGAIN of them, are read, and read again when all is known.
 template <class M, class X, int EACH, int WAVES, int SLOTS, int REGISTERS> struct HeldParts {
   using Flat = typename M::template Whole<EACH>;
   using Slot = Stash<X, M::V, M::THREADS>;
-  static constexpr int OF_WAVE = EACH * M::STEPS * M::K, CHUNKS = WAVES * OF_WAVE, HELD = SLOTS + REGISTERS, AGAIN = CHUNKS - HELD, AHEAD = 4;
+  static constexpr int OF_WAVE = EACH * M::STEPS * M::K, CHUNKS = WAVES * OF_WAVE, HELD = SLOTS + REGISTERS,
+                       AGAIN = CHUNKS - HELD, AHEAD = 4;
   static constexpr int AT_ONCE = 4, GROUPS = ceil_div(HELD, AT_ONCE), bytes = SLOTS * Slot::footprint;
   // On their way at once; more was no faster.
   static constexpr int DEPTH = min_of(8, SLOTS);
@@ -99,9 +101,7 @@ template <class M, class X, int EACH, int WAVES, int SLOTS, int REGISTERS> struc
  private:
   JN_DEV bool live() const { return maps[0].live_chunk(); }
   JN_DEV const char* place(int c) const { return x + maps[c / OF_WAVE].at(c % OF_WAVE, 0) * X::size; }
-  JN_DEV const char* place_again(int c) const {
-    return x + maps[WAVES - 1].at(c - (WAVES - 1) * OF_WAVE, 0) * X::size;
-  }
+  JN_DEV const char* place_again(int c) const { return x + maps[WAVES - 1].at(c - (WAVES - 1) * OF_WAVE, 0) * X::size; }
   JN_DEV unsigned char* at(int c) const { return base + (c < SLOTS ? c : c - SLOTS) * Slot::footprint; }
   JN_DEV Bits<16> slot(int c) const { return Slot::read(at(c), maps[0].thread); }
   JN_DEV void fetch(int c) const {
@@ -230,7 +230,7 @@ JN_DEV void group_norm_held(const char* x, Store store, float eps, u64 batches, 
   using Letters = Mail<M, EACH>;
   static_assert(M::WHOLE && !pivots_are_sampled<X>(), "whole parts and steps, 16 bits");
   const u64 apart = Flat::blocks(batches) / WAVES, block = linear_block();  // of waves
-  if (block >= apart) return;                                              // with its teams
+  if (block >= apart) return;                                               // with its teams
   const u32 thread = thread_id();
   const Waves<Flat, WAVES> flat(block, apart, thread);
   float pivot[1][M::UNITS];

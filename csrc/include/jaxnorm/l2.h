@@ -1,5 +1,5 @@
-// What NVIDIA's second-level cache is told of single accesses: evicted first what is not read again, last what is. Plain
-// accesses elsewhere.
+// What NVIDIA's second-level cache is told of single accesses: evicted first what is not read again, last what is.
+// Plain accesses elsewhere.
 #pragma once
 #include "jaxnorm/vec.h"
 
