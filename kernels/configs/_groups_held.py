@@ -65,6 +65,14 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     return found[0] if found else None
 
 
+def lanes(s: Sizes) -> int:
+    """Channels last, 64x64 to 128x128 positions, groups that straddle chunks: threads to a column, few, so that a block has whole rows
+    and two teams; 0: as ever."""
+    p = s.problem
+    narrow = p.target in TARGETS and s.v == s.wide and _itemsize(p, "x") == 2 and _itemsize(p, "y") == 2
+    return 16 if narrow and s.last and 4096 < s.space <= 16384 and 2 < s.columns <= 5 else 0
+
+
 def held(s: Sizes, order: Cut, blocks: int, waves: int = 1) -> Held | None:
     """By so many blocks to a unit, each with parts of so many teams."""
     threads, most = map_macros(s, order)[1], _registers(map_macros(s, order)[1], blocks)

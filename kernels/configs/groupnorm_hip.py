@@ -123,6 +123,8 @@ def _apart(s: Sizes) -> tuple[Cut, Cut]:
     if h := _groups_cluster.choose(s):
         return (replace(h.cut, min_blocks=1),) * 2
     c = _forward(s)
+    if q := _groups_held.lanes(s):
+        c = replace(c, q=q, tile=_tile(s, q, 384, part_count(s, c), 3.0))
     return _dense(s, c), _dense(s, _resident_apply(s, c))
 
 
