@@ -15,8 +15,15 @@ constexpr u64 kPosted = 0x9e3779b97f4a7c15ull;
 
 // A single access each, as two floats and the mark that they are there must not come apart.
 #if defined(JN_SIMT)
-JN_DEV void post_word(char* p, u64 low, u64 high) { ((u64*)p)[0] = low, ((u64*)p)[1] = high; }
-JN_DEV void read_word(const char* p, u64& low, u64& high) { low = ((const u64*)p)[0], high = ((const u64*)p)[1]; }
+// (Here of two: the mark is written last and read first.)
+JN_DEV void post_word(char* p, u64 low, u64 high) {
+  __atomic_store_n((u64*)p, low, __ATOMIC_RELAXED);
+  __atomic_store_n((u64*)p + 1, high, __ATOMIC_RELEASE);
+}
+JN_DEV void read_word(const char* p, u64& low, u64& high) {
+  high = __atomic_load_n((const u64*)p + 1, __ATOMIC_ACQUIRE);
+  low = __atomic_load_n((const u64*)p, __ATOMIC_RELAXED);
+}
 JN_DEV void wait_a_little() { simt::pause(); }
 #else
 JN_DEV void post_word(char* p, u64 low, u64 high) {
