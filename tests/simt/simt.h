@@ -29,7 +29,7 @@ struct Dim3 {
   unsigned x = 1, y = 1;
 };
 enum class Order { kForward, kReverse, kShuffled };
-enum class Wait { kNone, kBarrier, kShuffle };
+enum class Wait { kNone, kBarrier, kShuffle, kOthers };
 
 // A stack that can be left and entered again. swapcontext makes two system calls each time, which was most of the time.
 #if defined(__x86_64__)
@@ -87,7 +87,7 @@ struct Fiber {
 };
 
 inline thread_local std::vector<std::unique_ptr<Fiber>> fibers;
-inline thread_local int wave = 32, current = 0;
+inline thread_local int wave = 32, current = 0, pausing = 0;
 inline thread_local Dim3 block_index;
 inline thread_local Context scheduler;
 inline thread_local std::function<void()> body;
@@ -171,8 +171,12 @@ inline unsigned char* in_block(void* p, unsigned rank) {
 }
 
 // For kernels that wait for other devices or other blocks, which are other threads of the process with fibers of their
-// own. A fiber that waits holds up its block: what it waits for must not be behind it there.
-inline void pause() { std::this_thread::yield(); }
+// own. The fiber goes on when the others of its block had a turn.
+inline void pause() {
+  ++pausing;
+  yield(Wait::kOthers);
+  --pausing;
+}
 inline unsigned long long nanoseconds() {
   return static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
@@ -209,6 +213,12 @@ inline bool all(int from, int count, Wait wait) {
   return true;
 }
 
+inline bool any_waits(int from, int count, Wait wait) {
+  for (int t = from; t < from + count; ++t)
+    if (fibers[t]->wait == wait) return true;
+  return false;
+}
+
 inline void run_block(int threads, const std::vector<int>& order) {
   for (int t = 0; t < threads; ++t) {
     Fiber& f = *fibers[t];
@@ -221,11 +231,21 @@ inline void run_block(int threads, const std::vector<int>& order) {
   std::vector<int> waves;
   for (int t : order)
     if (std::find(waves.begin(), waves.end(), t / wave) == waves.end()) waves.push_back(t / wave);
+  pausing = 0;
   for (;;) {
-    for (int w : waves) do
+    const bool whole = pausing == 0;
+    for (int w : waves) {
+      if (!whole && !any_waits(w * wave, wave, Wait::kOthers)) continue;  // at a barrier, or done
+      do {
+        const bool lanes = pausing > 0 && any_waits(w * wave, wave, Wait::kOthers);
         for (int t : order)
-          if (t / wave == w) resume(t);
-      while (all(w * wave, wave, Wait::kShuffle));
+          if (t / wave == w && (!lanes || fibers[t]->wait == Wait::kOthers)) resume(t);
+      } while (all(w * wave, wave, Wait::kShuffle));
+    }
+    if (pausing > 0) {
+      std::this_thread::yield();
+      continue;
+    }
     if (std::all_of(fibers.begin(), fibers.begin() + threads, [](auto& f) { return f->done; })) return;
     if (!all(0, threads, Wait::kBarrier)) fail("a barrier or shuffle that not all threads reach");
   }
