@@ -23,7 +23,7 @@ ENTRIES = [
         Case(2, (50,), 80, 8, silu=True),
         [Cluster(Cut(32, 4, 8, 40), 1), Cluster(Cut(32, 4, 8, 80))],
     ),
-    (  # groups straddle chunks; the low plane
+    (  # groups straddle chunks; what means lost to rounding
         Case(2, (37,), 48, 4, x=F32, weight=F32, bias=F32, mean=1e4, std=1.0),
         [Cluster(Cut(16, 2, 4, 24), 2), Cluster(Cut(16, 2, 4, 12), 1)],
     ),
@@ -43,7 +43,7 @@ def plan(case, way):
 def apart(case, way):
     """By two launches of the same cut."""
     p = case.problem(STAGE, TARGET)
-    return p, groupnorm_hip._forward_launches(groupnorm_hip._check(p), way.cut, low=True)
+    return p, groupnorm_hip._forward_launches(groupnorm_hip._check(p), way.cut)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,11 @@ def test_plan(last):
     few = Case(2, (64, 64), 20, 2, last=last, silu=True)  # chunks of four channels
     assert kernels(few) == (["partials", "apply"] if last else ["cluster"])
     if last:
-        plans = [groupnorm_hip.plan(c.problem(STAGE))[0] for c in (case, few, replace(case, batch=16))]
-        whole, parts, many = ({n: dict(k.constants).get(n) for n in (*ORDER, "JN_TILE", "JN_LOW")} for k in plans)
-        assert all(whole[n] == other[n] for n in ORDER for other in (parts, many)) and parts["JN_LOW"]
+        plans = [groupnorm_hip.plan(c.problem(STAGE))[0] for c in (case, few, replace(case, batch=32))]
+        whole, parts, many = ({n: dict(k.constants).get(n) for n in (*ORDER, "JN_TILE")} for k in plans)
+        assert all(whole[n] == other[n] for n in ORDER for other in (parts, many))
         assert whole["JN_TILE"] < many["JN_TILE"]  # few examples: tiles for all units
-        for slow in (Case(2, (32, 32), 960, 32), Case(2, (16, 16), 1920, 32), Case(4, (128, 128), 320, 32)):
+        for slow in (Case(2, (32, 32), 960, 32), Case(2, (16, 16), 1920, 32), Case(1, (128, 128), 320, 32)):
             assert kernels(slow) == ["cluster"] and kernels(replace(slow, silu=True)) == ["partials", "apply"]
         for channels in (12, 48):  # groups narrower than 16 bytes, whatever a chunk of this image is
             assert kernels(Case(2, (64, 64), channels, channels // 6, silu=True)) == ["partials", "apply"]
