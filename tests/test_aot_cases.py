@@ -121,6 +121,19 @@ def test_the_kernels_of_clusters_agree_with_their_cases() -> None:
     check_hip(found, "sm_90")
 
 
+@pytest.mark.parametrize(("image", "axis"), [("32, 32, 40", -1), ("64, 32, 32", 1)], ids=["nhwc", "nchw"])
+def test_blocks_that_meet_agree_with_their_case(image: str, axis: int) -> None:
+    """Planned for so many images that teams of blocks hold them all; the case has one of them."""
+    args = {"x": f"bfloat16[..., {image}]", "weight": None, "bias": None}
+    options = {"num_groups": 4 if axis < 0 else 2, "channel_axis": axis, "activation": "silu"}
+    (call,) = spec.parse([{"op": "groupnorm", "args": args, "options": options, "backend": "hip", "rows": [256]}])
+    (stage,) = instances.stages(call, "sm_90", compilers=False)
+    found = [i for i in instances.instances(stage, [256]).values() if i.launch.kernel.endswith("_held")]
+    check_hip(found, "sm_90")
+    case = bundle.case(*found)
+    assert case.launch.meeting == 2 and case.problem.rows == 1 and not case.outputs["words"].values.any()
+
+
 def test_every_kernel_of_the_triton_plans_agrees_with_its_case() -> None:
     found = [i for i in one_each(everything("triton", "sm_90")) if not is_large(i)]
     assert {i.launch.kernel for i in found} >= {"rmsnorm:rmsnorm_fwd", "rmsnorm:rmsnorm_bwd", "quant:quant_fwd"}

@@ -119,7 +119,12 @@ def test_plan(last):
             assert all(constants[n] == dict(other.constants)[n] for n in ORDER if n in constants)
     for target in ("sm_80", "sm_100", "gfx942"):
         assert kernels(large, target) == ["partials", "apply"]
-    for other in (replace(large, x=F32), replace(large, out=F32), replace(large, spatial=(512, 511)), replace(large, batch=64)):
+    for other in (
+        replace(large, x=F32),
+        replace(large, out=F32),
+        replace(large, spatial=(512, 511)),
+        replace(large, batch=64),
+    ):
         assert "held" not in kernels(other)
 
 

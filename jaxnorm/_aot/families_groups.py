@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from .families import UNIT, Case, Kernel, _close, _sum_bound
+from ..kernels.configs import Launch, Problem
+from .families import BITWISE, UNIT, Case, Kernel, Output, _close, _sum_bound
 from .oracle import Array
 
 CLOSE = {"mode": "close", "rtol": 1e-5, "atol": 1e-5}
@@ -93,6 +95,23 @@ def forward(c: Case) -> None:
     if c.writes("y"):
         _expect_y(c, im)
     c.expect("stats", im.stats(), compare=CLOSE)
+
+
+def held(c: Case) -> None:
+    """The same by blocks that wait for one another's words, each of which they clear."""
+    forward(c)
+    shape, kind = c.temps["words"]
+    c.outputs["words"] = Output(np.zeros(shape, kind), BITWISE)
+
+
+def one_example(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
+    """A launch whose blocks meet, for one image: as many teams fewer."""
+    batch = problem.rows
+    shapes = tuple((n, (1, *s[1:]) if n in ("x", "y", "stats") else s) for n, s in problem.shapes)
+    temps = tuple((n, (s[0] // batch, *s[1:]), kind) for n, s, kind in launch.temps)
+    blocks = launch.meeting // batch
+    small = replace(launch, grid=(blocks, 1, 1), meeting=blocks, temps=temps, scalars=(("batches", "i64", 1),))
+    return replace(problem, rows=1, shapes=shapes), small
 
 
 def _spans(total: int, part: int) -> list[slice]:
@@ -234,6 +253,7 @@ KERNELS: dict[str, Kernel] = {
         ("fwd", forward), ("partials", partials), ("apply", forward), ("bwd_sums", backward_sums), ("bwd_dx", backward_dx))},
     **{f"groupnorm.hip:groupnorm_{n}": _planned(f, clusters=True) for n, f in (
         ("cluster", forward), ("bwd_cluster", backward_cluster), ("bwd_cluster_part", backward_cluster), ("bwd_add", vectors))},
+    "groupnorm.hip:groupnorm_held": Kernel(held, shrink=one_example, clusters=True),
     **{f"groupnorm:groupnorm_{n}": _planned(f) for n, f in (
         ("fwd", forward), ("partials", partials), ("combine", combine), ("apply", forward), ("bwd_sums", backward_sums),
         ("bwd_combine", backward_combine), ("bwd_dx", backward_dx), ("bwd_reduce", vectors))},
