@@ -1,4 +1,4 @@
-"""GroupNorm held by teams of blocks all over the device (groups_held.h) on the CPU: values, and the same bits whoever holds what."""
+"""GroupNorm held by teams of blocks all over the device (groups_held.h) on the CPU: values; the same bits whoever holds what."""
 
 from __future__ import annotations
 
