@@ -61,8 +61,8 @@ def _last(s: Sizes) -> Cluster | None:
     *H200*, this and two launches (or one by a block to a group): 2x16x16x1280 3.2 us and 3.6, with SiLU 3.7 and 4.0; 2x16x16x1920
     4.8 and 6.2; 2x32x32x640 4.8 and 7.7, with SiLU 5.4 (in tiles of 80 channels 5.8) and 6.2; 2x64x64x320 7.2 and 8.0,
     16x64x64x320 27.6 (32 threads to a column 30.0) and 39.8, 8x64x64x640 26.1 (26.6) and 42.0; 2x128x128x512 23.2 (in tiles of 64
-    channels 24.3) and 26.0, with SiLU 25.9 and 27.6; 4x128x128x320, half of it fetched again, 34.3 and 36.5. With SiLU
-    1x512x512x128 109.9 and 73.0, 1x256x256x512 75.0 and 61.2."""
+    channels 24.3) and 26.0, with SiLU 25.9 and 27.6; 4x128x128x320, half of it fetched again, 34.3 and 36.5, where
+    _groups_held takes less than 30. With SiLU 1x512x512x128 109.9 and 73.0, 1x256x256x512 75.0 and 61.2."""
     silu, small = bool(s.problem.option("silu")), s.space <= 256 and 1280 <= s.chunks <= 2560
     if small:
         parts, q, k, chunks, threads = 4, 16, 4, 10, 320
@@ -72,7 +72,7 @@ def _last(s: Sizes) -> Cluster | None:
         parts, q, k, chunks, threads = (16, 32, 2, 10, 1280) if silu else (16, 16, 4, 10, 640)
     else:
         parts, q, k, chunks, threads = (16, 64, 4, 5, 768) if s.columns <= 2 else (16, 32, 4, 10, 640)
-    if s.space > 4096 and s.columns > 2:  # beside 4x128x128x320 by _groups_held, of the cut of two launches, 27 us
+    if s.space > 4096 and s.columns > 2:
         return None
     if (not small and (s.chunks <= 2560 or s.space > 16384)) or s.u % 2 or q * s.columns > MAX_THREADS // 2:
         return None
@@ -89,11 +89,11 @@ def _last(s: Sizes) -> Cluster | None:
 
 
 def _slow_with_silu(s: Sizes) -> bool:
-    """Channels last: groups whose tiles are wide, where blocks are too large for several to a unit; beyond 64x64 positions those
-    that straddle chunks; groups narrower than a chunk were not measured.
+    """Channels last: groups whose tiles are wide, where blocks are too large for several to a unit; groups narrower than a chunk were
+    not measured.
 
-    *H200*, with SiLU, this and two launches: 2x32x32x960 11.0 us and 8.4, 2x16x16x1920 7.3 and 6.2, 4x128x128x320 44.3 and 38.7."""
-    return s.group < s.wide or s.columns > (5 if s.space <= 4096 else 2)
+    *H200*, with SiLU, this and two launches: 2x32x32x960 11.0 us and 8.4, 2x16x16x1920 7.3 and 6.2."""
+    return s.group < s.wide or s.columns > 5
 
 
 def _tile(s: Sizes, chunks: int) -> int:

@@ -39,6 +39,7 @@ template <class M, class X, int EACH, int WAVES, int SLOTS, int REGISTERS> struc
   // On their way at once; more was no faster.
   static constexpr int DEPTH = min_of(8, SLOTS);
   static_assert(X::size * M::V == 16 && 0 < SLOTS && REGISTERS <= SLOTS && HELD <= CHUNKS, "chunks of 16 bytes");
+  static_assert(DEPTH >= AT_ONCE || DEPTH == HELD, "what is waited for was asked for");
   static_assert(AGAIN == 0 || (AGAIN >= AHEAD && AGAIN <= OF_WAVE), "as many on their way, of the last wave");
   const Flat (&maps)[WAVES];
   const char* x;
