@@ -89,8 +89,8 @@ def _last(s: Sizes) -> Cluster | None:
 
 
 def _slow_with_silu(s: Sizes) -> bool:
-    """Channels last: groups whose tiles are wide, where blocks are too large for several to a unit; groups narrower than a chunk were
-    not measured.
+    """Channels last: groups whose tiles are wide, where blocks are too large for several to a unit; groups narrower than a chunk
+    were not measured.
 
     *H200*, with SiLU, this and two launches: 2x32x32x960 11.0 us and 8.4, 2x16x16x1920 7.3 and 6.2."""
     return s.group < s.wide or s.columns > 5

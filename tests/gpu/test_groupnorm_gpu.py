@@ -54,12 +54,18 @@ def test_large_images_and_videos(case, backend):
 
 def test_launches():
     """One call, of one kernel where a group fits on chip, of two (Triton: three) where it does not; and a kernel is the default."""
-    held = 1 if target.of_device(jax.devices()[0]) == "sm_90" else 2  # by a cluster
-    for case, hip, triton in ((SD_UNET[2], 1, 1), (SD_UNET[0], held, 3), (SD_UNET[0].first, 1, 3), (SD_VAE[0], 2, 3)):
+    held = 1 if target.of_device(jax.devices()[0]) == "sm_90" else 2  # by a cluster, by teams
+    for case, hip, triton in (
+        (SD_UNET[2], 1, 1),
+        (SD_UNET[0], held, 3),
+        (SD_UNET[0].first, 1, 3),
+        (SD_VAE[0], held, 3),
+    ):
         args = case.arrays()
         for backend, count in (("hip", hip), ("triton", triton)):
             plan = {"hip": groupnorm_hip, "triton": groupnorm_triton}[backend].plan
-            assert len(plan(case.problem("groupnorm_fwd", target.of_device(jax.devices()[0]), stats=False))) == count
+            launches = plan(case.problem("groupnorm_fwd", target.of_device(jax.devices()[0]), stats=False))
+            assert sum(k.meeting >= 0 for k in launches) == count
             f = jax.jit(lambda *a, b=backend, c=case: jaxnorm.groupnorm(*a, backend=b, **c.options))
             assert f.lower(*args).as_text().count("stablehlo.custom_call @jaxnorm_launch") == 1, (case, backend)
         choices = jaxnorm.explain(lambda *a, c=case: jaxnorm.groupnorm(*a, **c.options), *map(jnp.asarray, args))
