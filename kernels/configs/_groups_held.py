@@ -48,8 +48,7 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     14.4 and 19.6 (15.4 and 21.7); 2x128x128x512 20.3 and 23.3 (23.0 and 26.1); 2x256x256x256 40.8 and 53.0 (45.0 and 55.2);
     1x512x512x128 41.4 and 56.5 (46.9 and 57.6). Channels first, whose small groups clusters take in turns without a wait for the
     whole device: 1x512x512x128 39.6 and 45.8 (44.5 and 50.6), 2x256x256x256 39.7 and 40.0 (44.5 and 43.7), 4x128x128x320 25.6 and
-    24.2. Two teams to a block: 16x64x64x320 25.9 us, 27.6 with one; with SiLU, whose constants of two teams do not fit in registers,
-    30.5 and 29.6; 2x256x256x256 44.6 and 40.8."""
+    24.2. Two teams to a block: 16x64x64x320 25.9 us, 27.6 with one; with SiLU 30.5 and 29.6; 2x256x256x256 44.6 and 40.8."""
     p = s.problem
     if p.target not in TARGETS or s.v != s.wide or _itemsize(p, "x") != 2 or _itemsize(p, "y") != 2:
         return None
@@ -73,8 +72,8 @@ def choose(s: Sizes, order: Cut) -> Held | None:
 
 
 def lanes(s: Sizes) -> int:
-    """Channels last, beyond 64x64 and up to 128x128 positions, groups that straddle chunks: threads to a column, few, so that a block
-    has whole rows; 0: as ever.
+    """Channels last, beyond 64x64 and up to 128x128 positions, groups that straddle chunks: threads to a column, few, so that a
+    block has whole rows; 0: as ever.
 
     *H200*, 4x128x128x320: 28.2 us with 16, two teams to a block, 28.6 with 32, with SiLU 29.2 and 30.4."""
     p = s.problem
