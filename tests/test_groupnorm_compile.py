@@ -40,8 +40,8 @@ CLUSTERS = [
     *(replace(c, silu=True, batch=8) for c in (SD_VAE[2], SD_VAE[1].first)),
     replace(PARTS, x=F32),
 ]
-# sm_90: in shared memory and registers, and some fetched again
-HELD = [replace(PARTS, batch=16), replace(SD_VAE[1], batch=2, silu=True), SD_VAE[0].first]
+# sm_90: two teams to a block; some fetched again
+HELD = [Case(4, (128, 128), 320, 32), replace(SD_VAE[1], batch=2, silu=True), SD_VAE[0].first]
 HIP = [(name, t) for i, name in enumerate(KERNELS) for t in ("sm_90", AMD[i % len(AMD)])]
 
 

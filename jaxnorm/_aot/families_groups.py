@@ -104,14 +104,16 @@ def held(c: Case) -> None:
     c.outputs["words"] = Output(np.zeros(shape, kind), BITWISE)
 
 
-def one_example(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
-    """A launch whose blocks meet, for one image: as many teams fewer."""
-    batch = problem.rows
-    shapes = tuple((n, (1, *s[1:]) if n in ("x", "y", "stats") else s) for n, s in problem.shapes)
-    temps = tuple((n, (s[0] // batch, *s[1:]), kind) for n, s, kind in launch.temps)
-    blocks = launch.meeting // batch
-    small = replace(launch, grid=(blocks, 1, 1), meeting=blocks, temps=temps, scalars=(("batches", "i64", 1),))
-    return replace(problem, rows=1, shapes=shapes), small
+def few_images(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
+    """A launch whose blocks meet, for as many images as a block has teams of: as many teams fewer."""
+    waves = dict(launch.constants)["JN_WAVES"]
+    rows = waves if problem.rows % waves == 0 else problem.rows
+    share = problem.rows // rows
+    shapes = tuple((n, (rows, *s[1:]) if n in ("x", "y", "stats") else s) for n, s in problem.shapes)
+    temps = tuple((n, (s[0] // share, *s[1:]), kind) for n, s, kind in launch.temps)
+    blocks = launch.meeting // share
+    small = replace(launch, grid=(blocks, 1, 1), meeting=blocks, temps=temps, scalars=(("batches", "i64", rows),))
+    return replace(problem, rows=rows, shapes=shapes), small
 
 
 def _spans(total: int, part: int) -> list[slice]:
@@ -253,7 +255,7 @@ KERNELS: dict[str, Kernel] = {
         ("fwd", forward), ("partials", partials), ("apply", forward), ("bwd_sums", backward_sums), ("bwd_dx", backward_dx))},
     **{f"groupnorm.hip:groupnorm_{n}": _planned(f, clusters=True) for n, f in (
         ("cluster", forward), ("bwd_cluster", backward_cluster), ("bwd_cluster_part", backward_cluster), ("bwd_add", vectors))},
-    "groupnorm.hip:groupnorm_held": Kernel(held, shrink=one_example, clusters=True),
+    "groupnorm.hip:groupnorm_held": Kernel(held, shrink=few_images, clusters=True),
     **{f"groupnorm:groupnorm_{n}": _planned(f) for n, f in (
         ("fwd", forward), ("partials", partials), ("combine", combine), ("apply", forward), ("bwd_sums", backward_sums),
         ("bwd_combine", backward_combine), ("bwd_dx", backward_dx), ("bwd_reduce", vectors))},
