@@ -83,8 +83,9 @@ def test_hip_clusters(case):
 
 @pytest.mark.parametrize("case", HELD, ids=str)
 def test_hip_held(case):
+    """Without statistics; a launch that saves them too keeps a few words of a thread in memory."""
     need_compiler("sm_90")
-    problem = case.problem("groupnorm_fwd")
+    problem = case.problem("groupnorm_fwd", stats=False)
     launch = groupnorm_hip.plan(problem)[0]
     assert launch.kernel.endswith("held")
     text = machine_code(launch, problem)
