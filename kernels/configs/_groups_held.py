@@ -52,7 +52,7 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     p = s.problem
     if p.target not in TARGETS or s.v != s.wide or _itemsize(p, "x") != 2 or _itemsize(p, "y") != 2:
         return None
-    if not whole(s, order):
+    if not whole(s, order) or s.space < 4096:  # smaller ones fit in clusters or blocks
         return None
     if s.last:
         tiles = [t for t in range(s.narrowest, s.channels + 1, s.narrowest) if s.channels % t == 0]
@@ -89,7 +89,7 @@ def held(s: Sizes, order: Cut, blocks: int, waves: int = 1) -> Held | None:
     parts, teams = part_count(s, order), team_count(s, order) // waves
     room = blocks * compute_units(s.problem.target)
     each = next((n for n in range(1, parts + 1) if parts % n == 0 and teams * (parts // n) <= room), 0)
-    if not each or teams * (parts // each) < BUSY * room:
+    if not each or each == parts or teams * (parts // each) < BUSY * room:
         return None
     h = Held(replace(order, min_blocks=blocks), each, waves, 0, 0)
     chunks = chunk_count(h)

@@ -27,7 +27,6 @@ CASES = (
     SD_VAE[0],
     replace(SD_VAE[0].first, silu=True),
     replace(SD_VAE[1].first, batch=2, x=F16),
-    Case(256, (32, 32), 40, 4, silu=True),  # an image to two blocks
 )
 
 
@@ -59,7 +58,7 @@ def test_against_xla(case):
 
 
 @pytest.mark.parametrize("fill", [0xFF, 0x00], ids=hex)
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 6, 8)], ids=str)
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 4, 6)], ids=str)
 def test_bits_of_the_stand_ins(case, fill):
     """Whatever lies in the words before; after it they are clear, and nothing else was written."""
     problem, gpu = case.problem("groupnorm_fwd", need_held(case)), driver.Driver()

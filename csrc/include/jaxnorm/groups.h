@@ -125,8 +125,8 @@ template <int S_, int C_, int CG_, int V_, int TILE_, int Q_, int K_, int PART_>
     }
   }
 
-  // What deviations are counted from, of float32: the mean over the chunks of the threads q = 0 alone, for a barrier
-  // and few reads. v[0][u]: sums of a unit's chunks in the first step.
+  // What deviations are counted from where pivots_are_sampled: the mean over the chunks of the threads q = 0 alone, for
+  // a barrier and few reads. v[0][u]: sums of a unit's chunks in the first step.
   JN_DEV void sample(float (&v)[1][UNITS], float* memory) const {
     if (q == 0) store_bits((char*)(memory + j * UNITS), narrow<F32, UNITS>(v[0]));
     barrier();

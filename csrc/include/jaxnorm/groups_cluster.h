@@ -178,12 +178,12 @@ JN_DEV void group_norm_cluster(const char* x, Store store, float eps, u64 batche
   if (thread_id() == 0) cluster_expect(found.ready, Told::bytes);
   const M map(linear_block(), thread_id());
   float pivot[1][M::UNITS] = {}, v[2][M::UNITS] = {};
-  if constexpr (!pivots_are_sampled<X>()) first_values<M, X>(map, x, pivot);
+  if constexpr (!pivots_are_sampled<M, X>()) first_values<M, X>(map, x, pivot);
   Held held(map, x, shared_memory());
   store.issue(map);
 
   held.wait(0);
-  if constexpr (pivots_are_sampled<X>()) {
+  if constexpr (pivots_are_sampled<M, X>()) {
     add_values(map, held.get(map, 0, 0), pivot);
     map.sample(pivot, first_sums);
   }

@@ -113,8 +113,15 @@ JN_DEV void add_deviations(const M& map, const Step<M, X>& x, int step, const fl
 // What the deviations of a group are counted from. Of 16 bits: the mean of its first U values, the same for every part
 // and known without waiting for other threads, whose loads may be last in a queue as long as a block's part of the chip
 // (29.1 us and 26 at 4x128x128x320). As those values are in the group, variance loses N / U units of its last place at
-// most. Float32, whose last places matter: of the first step of each part.
-template <class X> JN_CONST bool pivots_are_sampled() { return X::size > 2; }
+// most. Float32, whose last places matter: the mean of the first step of each part. That too in channels first and
+// groups of less than 1 MiB: a barrier early on keeps the waves of a cluster's small blocks side by side (8x640x64x64
+// 23.3 us, 25.1 without).
+template <class M, class X> JN_CONST bool pivots_are_sampled() {
+  if constexpr (M::LAST)
+    return X::size > 2;
+  else
+    return X::size > 2 || M::CHUNKS < 65536;
+}
 template <class M, class X> JN_DEV void first_values(const M& map, const char* x, float (&pivot)[1][M::UNITS]) {
   Chunk<X, M::U> raw[M::UNITS];
 #pragma unroll
@@ -204,13 +211,13 @@ template <class M, class X, bool LOW> JN_DEV void group_partials(const char* x, 
   const M map(block, thread_id());
   float* memory = (float*)shared_memory();
   float pivot[1][M::UNITS] = {};
-  if constexpr (!pivots_are_sampled<X>()) first_values<M, X>(map, x, pivot);
+  if constexpr (!pivots_are_sampled<M, X>()) first_values<M, X>(map, x, pivot);
   Step<M, X> step;
   step.issue(map, x, 0);
-  if constexpr (pivots_are_sampled<X>()) add_values(map, step, pivot);
+  if constexpr (pivots_are_sampled<M, X>()) add_values(map, step, pivot);
   Step<M, X> ahead;
   if constexpr (M::STEPS > 1) ahead.issue(map, x, 1);
-  if constexpr (pivots_are_sampled<X>()) map.sample(pivot, memory);
+  if constexpr (pivots_are_sampled<M, X>()) map.sample(pivot, memory);
   float v[2][M::UNITS] = {};
   add_deviations(map, step, 0, pivot, v);
 #pragma unroll 1

@@ -229,13 +229,14 @@ JN_DEV void group_norm_held(const char* x, Store store, float eps, u64 batches, 
   using Held = HeldParts<M, X, EACH, WAVES, SLOTS, REGISTERS>;
   using Flat = typename Held::Flat;
   using Letters = Mail<M, EACH>;
-  static_assert(M::WHOLE && !pivots_are_sampled<X>(), "whole parts and steps, 16 bits");
+  static_assert(M::WHOLE && X::size == 2, "whole parts and steps, 16 bits");
+  constexpr bool sampled = pivots_are_sampled<M, X>();
   const u64 apart = Flat::blocks(batches) / WAVES, block = linear_block();  // of waves
   if (block >= apart) return;                                               // with its teams
   const u32 thread = thread_id();
   const Waves<Flat, WAVES> flat(block, apart, thread);
   float pivot[1][M::UNITS];
-  first_values<M, X>(M(block * EACH, thread), x, pivot);
+  if constexpr (!sampled) first_values<M, X>(M(block * EACH, thread), x, pivot);
   Held held(flat.maps, x, shared_memory());
   float* sums = (float*)(shared_memory() + Held::bytes);
   float *told = sums + M::sum_floats(2), *together = told + 2 * EACH * M::GROUPS;
@@ -245,16 +246,25 @@ JN_DEV void group_norm_held(const char* x, Store store, float eps, u64 batches, 
   for (int n = 0; n < WAVES * EACH; ++n) {
     const int wave = n / EACH, i = n % EACH;
     const M map((block + wave * apart) * EACH + i, thread);
-    if (n > 0 && i == 0) first_values<M, X>(map, x, pivot);
+    if constexpr (!sampled)
+      if (n > 0 && i == 0) first_values<M, X>(map, x, pivot);
     float v[2][M::UNITS] = {};
     Step<M, X> step;
 #pragma unroll
     for (int s = 0; s < M::STEPS; ++s) {
 #pragma unroll
       for (int k = 0; k < M::K; ++k) step.raw[k] = held.first((n * M::STEPS + s) * M::K + k);
+      if constexpr (sampled) {
+        if (s == 0) {
+          if (n > 0) barrier();
+          pivot[0][0] = 0.f;
+          add_values(map, step, pivot);
+          map.sample(pivot, sums);
+        }
+      }
       add_deviations(map, step, s, pivot, v);
     }
-    if (n > 0) barrier();  // others may still read the sums of the part before
+    if (n > 0 || sampled) barrier();  // others may still read the sums before
     map.template totals<2, 1>(v, sums);
     const float share = 1.f / map.count();
 #pragma unroll
