@@ -7,18 +7,6 @@
 #if defined(JN_CLUSTERS)
 namespace jaxnorm {
 
-// Waits until at most `pending` of the committed groups, at most MOST, are still running.
-template <int MOST> JN_DEV void async_wait_for(u32 pending) {
-  if constexpr (MOST == 0) {
-    async_wait<0>();
-  } else {
-    if (pending >= u32(MOST))
-      async_wait<MOST>();
-    else
-      async_wait_for<MOST - 1>(pending);
-  }
-}
-
 // A thread's chunks of a part: in registers, where the part is one step ...
 template <class M, class X> struct HeldStep {
   static constexpr int bytes = 0, AGAIN = 0, ALL = 1;

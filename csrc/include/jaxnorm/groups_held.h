@@ -14,18 +14,6 @@
 #if defined(JN_POSTS)
 namespace jaxnorm {
 
-// Waits until at most `pending` of the committed groups, at most MOST, are still running.
-template <int MOST> JN_DEV void held_wait(int pending) {
-  if constexpr (MOST == 0) {
-    async_wait<0>();
-  } else {
-    if (pending >= MOST)
-      async_wait<MOST>();
-    else
-      held_wait<MOST - 1>(pending);
-  }
-}
-
 // A thread's chunks of EACH parts. All that are held come through shared memory: the first REGISTERS of them move on to
 // registers, and the next ones take their slots. (Loads to registers would wait in the first-level cache, which is
 // small beside so much shared memory, and hold up the reads of what has come: 30.5 us and 29.1 at 4x128x128x320.) The
@@ -55,7 +43,7 @@ template <class M, class X, int EACH, int WAVES, int SLOTS, int REGISTERS> struc
     if (c < HELD) {
       const int asked = min_of(DEPTH + c, HELD);
       const int committed = asked == HELD ? GROUPS : asked / AT_ONCE;
-      if (c % AT_ONCE == 0) held_wait<GROUPS>(committed - (c / AT_ONCE + 1));
+      if (c % AT_ONCE == 0) async_wait_for<GROUPS>(u32(committed - (c / AT_ONCE + 1)));
       const Bits<16> found = slot(c);
       if (c < REGISTERS) kept[c < REGISTERS ? c : 0] = found;
       if (c + DEPTH < HELD) fetch(c + DEPTH);

@@ -175,6 +175,17 @@ template <int PENDING> JN_DEV void async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
 #endif
 }
+// Waits until at most `pending` of them, at most MOST, are still running.
+template <int MOST> JN_DEV void async_wait_for(u32 pending) {
+  if constexpr (MOST == 0) {
+    async_wait<0>();
+  } else {
+    if (pending >= u32(MOST))
+      async_wait<MOST>();
+    else
+      async_wait_for<MOST - 1>(pending);
+  }
+}
 
 // A chunk in shared memory, in pieces of at most 16 bytes that lie THREADS apart: neighbouring lanes never meet in a
 // bank.
