@@ -129,6 +129,17 @@ def assert_y(got, f: GroupNorm, dtype: str, what: str = "y") -> None:
     _assert_within(got, f64(oracle.round_to(want, dtype)) if dtype != "float32" else want, f.bound() + one, what)
 
 
+def assert_alike(found: list[dict[str, np.ndarray]], f: GroupNorm, case) -> None:
+    """y and the statistics of the first against the oracle, those of the others bit for bit against the first."""
+    assert_y(found[0]["y"], f, case.out_dtype)
+    stats, expected = f64(found[0]["stats"]), f64(case.stats(f))
+    np.testing.assert_allclose(stats[:, 0] + stats[:, 1], expected[:, 0] + expected[:, 1], rtol=0, atol=2e-6 * case.std)
+    np.testing.assert_allclose(stats[:, 2], expected[:, 2], rtol=2.0**-20)
+    for other in found[1:]:
+        for name in ("y", "stats"):
+            tolerances.assert_same_bits(other[name], found[0][name], name)
+
+
 def assert_gradients(got, args, g: Gradients) -> None:
     """``(dx, dweight | None, dbias | None)`` for the arguments ``(x, weight | None, bias | None)``: dtypes, shapes, bounds.
 
