@@ -111,11 +111,10 @@ JN_DEV void add_deviations(const M& map, const Step<M, X>& x, int step, const fl
 }
 
 // What the deviations of a group are counted from. Of 16 bits: the mean of its first U values, the same for every part
-// and known without waiting for other threads, whose loads may be last in a queue as long as a block's part of the chip
-// (29.1 us and 26 at 4x128x128x320). As those values are in the group, variance loses N / U units of its last place at
-// most. Float32, whose last places matter: the mean of the first step of each part. That too in channels first and
-// groups of less than 1 MiB: a barrier early on keeps the waves of a cluster's small blocks side by side (8x640x64x64
-// 23.3 us, 25.1 without).
+// and known without waiting for other threads, whose loads may be last in a queue as long as a block's part of the
+// chip. As those values are in the group, variance loses N / U units of its last place at most. Float32, whose last
+// places matter: the mean of the first step of each part. That too in channels first and groups of less than 1 MiB: a
+// barrier early on keeps the waves of a cluster's small blocks side by side (8x640x64x64 23.3 us, 25.1 without).
 template <class M, class X> JN_CONST bool pivots_are_sampled() {
   if constexpr (M::LAST)
     return X::size > 2;

@@ -16,7 +16,7 @@ namespace jaxnorm {
 
 // A thread's chunks of EACH parts. All that are held come through shared memory: the first REGISTERS of them move on to
 // registers, and the next ones take their slots. (Loads to registers would wait in the first-level cache, which is
-// small beside so much shared memory, and hold up the reads of what has come: 30.5 us and 29.1 at 4x128x128x320.) The
+// small beside so much shared memory, and hold up the reads of what has come: 29.6 us and 28.5 at 4x128x128x320.) The
 // others, AGAIN of them, are read, and read again when all is known.
 template <class M, class X, int EACH, int WAVES, int SLOTS, int REGISTERS> struct HeldParts {
   using Flat = typename M::template Whole<EACH>;
@@ -123,8 +123,8 @@ template <class Flat> struct Waves<Flat, 2> {
 
 // What the blocks of a team tell one another of the groups of their tile. Few words: each part's mean and squared
 // deviations to every block, [to block, GROUPS, PARTS]. Many, where that would be more traffic than the image is worth
-// (1x512x512x128: 13 us of 56): to the one block that puts a group together, [GROUPS, PARTS], which tells the others,
-// [to block, GROUPS, 2].
+// (1x512x512x128: 55.7 us, and 43.2 so): to the one block that puts a group together, [GROUPS, PARTS], which tells the
+// others, [to block, GROUPS, 2].
 template <class M, int EACH> struct Mail {
   using P = Parts<M, false>;
   static constexpr int BLOCKS = M::PARTS / EACH, OWN = M::GROUPS * EACH, ALL = M::GROUPS * M::PARTS;
