@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import core
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def user_context(default: Any) -> Any:
@@ -59,9 +60,51 @@ def manual_axes() -> frozenset[str]:
 
 
 def explicit_mesh(aval: Any) -> Any | None:
-    """The mesh in the type of a value when it has Explicit axes, else None."""
+    """The mesh in the type of a value when it has Explicit axes, else None; that of ``jax.set_mesh`` for a value on no mesh."""
     mesh = aval.sharding.mesh
+    mesh = context_mesh() if mesh.empty else mesh
     return None if mesh.empty or AxisType.Explicit not in mesh.axis_types else mesh
+
+
+def context_mesh() -> Any:
+    """The abstract mesh of ``jax.set_mesh``, empty outside."""
+    return jax.sharding.get_abstract_mesh()
+
+
+def named_shardings(arguments: Sequence[Any], context: Any) -> list[NamedSharding]:
+    """The shardings of the arguments of a custom_partitioning callback, on one mesh.
+
+    jax names them by the mesh of the program's arrays. Under ``jax.set_mesh`` a program may have none: all its arguments are on one
+    device, and a sharding constraint is by the mesh of the context. jax then hands over tiles of devices, which are read off here.
+    """
+    found = [a.sharding for a in arguments]
+    if all(isinstance(s, NamedSharding) for s in found):
+        return found
+    devices = np.array(list(_tiles(found[0], arguments[0].ndim)))
+    mesh = Mesh(devices, ("devices",))
+    if context.size == devices.size:
+        mesh = Mesh(devices.reshape(context.axis_sizes), context.axis_names)
+    return [_on_mesh(s, mesh, a.ndim) for s, a in zip(found, arguments, strict=True)]
+
+
+def _tiles(sharding: Any, ndim: int) -> dict[Any, tuple[slice, ...]]:
+    """The devices in their order, each with its part of an array of dims that any tiling divides."""
+    return sharding.devices_indices_map((len(sharding.device_set),) * ndim)
+
+
+def _on_mesh(sharding: Any, mesh: Mesh, ndim: int) -> NamedSharding:
+    """The same sharding by axes of the mesh; replicated where the mesh cannot say it."""
+    tiles = _tiles(sharding, ndim)
+    starts = np.array([[s.start or 0 for s in tiles[d]] for d in mesh.devices.flat]).reshape(*mesh.devices.shape, ndim)
+    by_dim: list[list[tuple[int, str]]] = [[] for _ in range(ndim)]
+    for i, name in enumerate(mesh.axis_names):
+        neighbour = tuple(int(j == i and size > 1) for j, size in enumerate(mesh.devices.shape))
+        step = starts[neighbour]  # what one device along this axis alone is ahead by
+        for dim in np.flatnonzero(step)[:1]:
+            by_dim[dim].append((int(step[dim]), name))
+    entries = [tuple(name for _, name in sorted(axes, reverse=True)) or None for axes in by_dim]
+    named = NamedSharding(mesh, PartitionSpec(*entries))
+    return named if named.is_equivalent_to(sharding, ndim) else NamedSharding(mesh, PartitionSpec())
 
 
 def _names(axis: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -95,16 +95,16 @@ def _sharded(call: StageCall, operands: tuple[jax.Array, ...]) -> tuple[jax.Arra
         return _sharding.by_type(call, _local, operands)
     if _compat.manual_axes():  # custom_partitioning cannot split what a partly manual mesh leaves Auto: it is gathered
         return _local(call, *operands)
-    return tuple(_partitioned(call, len(call.lead(operands[0].shape)))(*operands))
+    return tuple(_partitioned(call, len(call.lead(operands[0].shape)), _compat.context_mesh())(*operands))
 
 
 @functools.cache
-def _partitioned(call: StageCall, leading: int) -> Callable[..., Any]:
+def _partitioned(call: StageCall, leading: int, context: Any) -> Callable[..., Any]:
     rule, replicated, factors = _sharding.rule(call, leading)
     f = custom_partitioning(lambda *operands: _local(call, *operands))
     f.def_partition(
-        partition=_sharding.partition(call, _local),
-        infer_sharding_from_operands=_sharding.infer(call),
+        partition=_sharding.partition(call, _local, context),
+        infer_sharding_from_operands=_sharding.infer(call, context),
         sharding_rule=rule,
         need_replication_factors=replicated,
         **factors,

@@ -80,9 +80,8 @@ def _spec(sharding: Any, ndim: int) -> tuple[Entry, ...]:
     return tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
 
 
-def _layout(call: StageCall, shardings: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> _Layout:
+def _layout(call: StageCall, mesh: Any, shardings: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> _Layout:
     """Read from the first operand that has each dim. What the stage cannot split becomes None: the compiler then gathers it."""
-    mesh = shardings[0].mesh
 
     def ways(entry: Entry) -> int:
         return math.prod(mesh.shape[a] for a in _axes((entry,)))
@@ -133,9 +132,8 @@ def _shard_function(call: StageCall, local: Local, layout: _Layout) -> Callable[
 
 def by_type(call: StageCall, local: Local, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Explicit mesh: the shardings are in the types of the operands, so a shard_map can be written from them."""
-    shardings = [jax.typeof(a).sharding for a in operands]
-    mesh = shardings[0].mesh
-    layout = _layout(call, shardings, [a.shape for a in operands])
+    mesh = _compat.explicit_mesh(jax.typeof(operands[0]))
+    layout = _layout(call, mesh, [jax.typeof(a).sharding for a in operands], [a.shape for a in operands])
     ins, outs = layout.specs(call)
     operands = tuple(_reshard(a, mesh, s) for a, s in zip(operands, ins, strict=True))
     shard = _shard_function(call, local, layout)
@@ -155,7 +153,8 @@ def conform(
     sharded, each with how many of it must stay together; without it, the features ``n`` unless ``gather_features``.
     """
     x, _ = next(iter(operands.values()))
-    if _compat.explicit_mesh(jax.typeof(x)) is None or _compat.manual_axes():
+    mesh = _compat.explicit_mesh(jax.typeof(x))
+    if mesh is None or _compat.manual_axes():
         return [a for a, _ in operands.values()]
     granules = {} if gather_features else {"n": 1}
     call = StageCall(
@@ -168,8 +167,7 @@ def conform(
         parallel_dims=tuple((granules if keep is None else keep).items()),
     )
     there = [a for a, _ in operands.values() if a is not None]
-    layout = _layout(call, [jax.typeof(a).sharding for a in there], [a.shape for a in there])
-    mesh = jax.typeof(x).sharding.mesh
+    layout = _layout(call, mesh, [jax.typeof(a).sharding for a in there], [a.shape for a in there])
     return [
         None if a is None else _reshard(a, mesh, PartitionSpec(*layout.entries(dims))) for a, dims in operands.values()
     ]
@@ -180,24 +178,29 @@ def _reshard(a: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     return a if now == tuple(spec) else jax.sharding.reshard(a, NamedSharding(mesh, spec))
 
 
-def partition(call: StageCall, local: Local) -> Callable[..., Any]:
-    """The callback of custom_partitioning: shardings of operands and results, and the function of a shard."""
+def partition(call: StageCall, local: Local, context: Any) -> Callable[..., Any]:
+    """The callback of custom_partitioning: shardings of operands and results, and the function of a shard.
 
-    def callback(mesh: Any, arguments: Any, result: Any) -> Any:
-        layout = _layout(call, [a.sharding for a in arguments], [a.shape for a in arguments])
-        mesh = arguments[0].sharding.mesh
+    ``context``: the mesh of ``jax.set_mesh`` at the call.
+    """
+
+    def callback(_: Any, arguments: Any, result: Any) -> Any:
+        shardings = _compat.named_shardings(arguments, context)
+        mesh = shardings[0].mesh
+        layout = _layout(call, mesh, shardings, [a.shape for a in arguments])
         ins, outs = (tuple(NamedSharding(mesh, s) for s in specs) for specs in layout.specs(call))
         return mesh, _shard_function(call, local, layout), outs, ins
 
     return callback
 
 
-def infer(call: StageCall) -> Callable[..., Any]:
+def infer(call: StageCall, context: Any) -> Callable[..., Any]:
     """Result shardings from operand shardings, for the partitioner that predates Shardy."""
 
-    def callback(mesh: Any, arguments: Any, result: Any) -> Any:
-        layout = _layout(call, [a.sharding for a in arguments], [a.shape for a in arguments])
-        mesh = arguments[0].sharding.mesh
+    def callback(_: Any, arguments: Any, result: Any) -> Any:
+        shardings = _compat.named_shardings(arguments, context)
+        mesh = shardings[0].mesh
+        layout = _layout(call, mesh, shardings, [a.shape for a in arguments])
         return tuple(NamedSharding(mesh, s) for s in layout.specs(call)[1])
 
     return callback

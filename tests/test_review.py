@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
@@ -37,6 +37,35 @@ def test_vmap_over_a_sharded_batch_gathers_nothing(kind: AxisType) -> None:
     assert hlo.collectives(forward.as_text()) == [] and hlo.collectives(backward.as_text()) == []
     np.testing.assert_allclose(y, np.stack([jn.rmsnorm(a, b) for a, b in zip(x, w, strict=True)]), rtol=1e-6)
     np.testing.assert_allclose(g, np.stack([gradient(w[0], a) for a in x]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_arrays_on_no_mesh_under_set_mesh(kind: AxisType) -> None:
+    """jax names no mesh then, and gives a custom_partitioning tiles of devices; a constraint inside still shards."""
+    devices = [jax.devices()[i] for i in (3, 1, 2, 0, 7, 6, 5, 4)]
+    mesh = Mesh(np.array(devices).reshape(4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    constrain = jax.lax.with_sharding_constraint if kind is AxisType.Auto else jax.sharding.reshard
+    x, w = jax.random.normal(jax.random.key(0), (16, 4, 8)), jnp.linspace(1, 2, 8)
+
+    def constrained(spec: P, x: jax.Array, w: jax.Array) -> jax.Array:
+        return jn.layernorm(constrain(x, spec), w, w)
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        codes = jn.quantize(x, jn.QuantSpec("int8"), static_scale=0.1).values
+        return jnp.sum(jn.rmsnorm(x, w) ** 3) + jnp.sum(codes)
+
+    y, value = jn.layernorm(x, w, w), jax.value_and_grad(loss, 1)(x, w)
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(jn.layernorm(x, w, w), y)
+        for got, want in zip(jax.jit(jax.value_and_grad(loss, 1))(x, w), value, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+        for spec in (P(("b", "a"), None, None), P(None, "a", "b")):
+            compiled = jax.jit(constrained, static_argnums=0).lower(spec, x, w).compile()
+            got = compiled(x, w)
+            np.testing.assert_allclose(got, y, rtol=1e-5, atol=1e-5)
+            assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+            kinds = [c.kind for c in hlo.collectives(compiled.as_text())]
+            assert kinds == (["all-reduce"] * 2 if spec[2] else [])
 
 
 def test_rocm_is_rocm_although_jax_says_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
