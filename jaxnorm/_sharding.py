@@ -8,6 +8,7 @@ has a width of its own, so there the features are gathered.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _compat
@@ -121,13 +123,24 @@ def _shard_function(call: StageCall, local: Local, layout: _Layout) -> Callable[
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
         operands = tuple(_compat.match_varying(operands))
-        out = wide.on_shard(operands).compute(operands, feature_axes) if feature_axes else local(wide, *operands)
-        return tuple(
-            jax.lax.psum(o, summed[name]).astype(dtype) if summed.get(name) else o
-            for o, (name, _, dtype) in zip(out, call.results, strict=True)
-        )
+        got = wide.on_shard(operands).compute(operands, feature_axes) if feature_axes else local(wide, *operands)
+        out = {name: o for (name, _, _), o in zip(call.results, got, strict=True)}
+        for axes in dict.fromkeys(filter(None, summed.values())):
+            together = [name for name in out if summed.get(name) == axes]
+            out |= zip(together, _sum_over(axes, [out[name] for name in together]), strict=True)
+        return tuple(out[name].astype(dtype) for name, _, dtype in call.results)
 
     return run
+
+
+def _sum_over(axes: tuple[str, ...], arrays: list[jax.Array]) -> list[jax.Array]:
+    """Sums over mesh axes, by one all-reduce."""
+    if len(arrays) == 1:
+        return [jax.lax.psum(arrays[0], axes)]
+    whole = jax.lax.psum(jnp.concatenate([a.ravel() for a in arrays]), axes)
+    ends = itertools.accumulate(a.size for a in arrays)
+    parts = jnp.split(whole, list(ends)[:-1])
+    return [part.reshape(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
 def by_type(call: StageCall, local: Local, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

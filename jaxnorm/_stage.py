@@ -106,6 +106,9 @@ class StageCall:
     def option(self, name: str) -> Any:
         return dict(self.options)[name]
 
+    def dtype(self, result: str) -> str:
+        return next(dtype for name, _, dtype in self.results if name == result)
+
     def dims(self, name: str) -> tuple[str, ...]:
         for entry in (*self.operands, *self.results):
             if entry[0] == name:

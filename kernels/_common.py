@@ -138,6 +138,22 @@ def store(base, cols, v, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def add_shares(
+    share_ptr, PROGRAMS, total_ptr, N: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``total[n] = cast(sum over p of share[p, n])`` in an order that PROGRAMS alone decides; rows are STRIDE apart. Of a program's
+    BLOCK columns, its first grid index says which."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, PROGRAMS, ROWS):
+        row = start + rows
+        sums += tl.load(share_ptr + row.to(tl.int64) * STRIDE + cols, mask=(row < PROGRAMS) & (cols < N), other=0.0)
+    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    store(total_ptr, out, tl.sum(sums, axis=0), out < N, True)
+
+
+@triton.jit
 def affine(weight_ptr, cols, mask, WEIGHT_OFFSET: tl.constexpr, MASKED: tl.constexpr):
     """``f32(weight) + WEIGHT_OFFSET`` at ``cols``; the offset alone where masked off."""
     return load(weight_ptr, cols, mask, MASKED).to(tl.float32) + WEIGHT_OFFSET

@@ -15,7 +15,7 @@ Offsets are a 64-bit base of the example and the tile plus 32 bits.
 import triton
 import triton.language as tl
 
-from ._common import program_index
+from ._common import add_shares, program_index
 
 
 @triton.jit
@@ -396,19 +396,10 @@ def groupnorm_bwd_reduce(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Column sums of the partial sums, in an order that PROGRAMS alone decides. A program owns BLOCK channels of one of the two."""
-    which = tl.program_id(1)
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    rows = tl.arange(0, ROWS)[:, None]
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(0, PROGRAMS, ROWS):
-        at = (start + rows).to(tl.int64) * (2 * C) + which * C + cols
-        sums += tl.load(partial_ptr + at, mask=(start + rows < PROGRAMS) & (cols < C), other=0.0)
-    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.sum(sums, axis=0)
-    if which == 0:
+    """A program owns BLOCK channels of one of the two, which its second grid index says."""
+    if tl.program_id(1) == 0:
         if HAS_DWEIGHT:
-            tl.store(dweight_ptr + out, total.to(dweight_ptr.dtype.element_ty), mask=out < C)
+            add_shares(partial_ptr, PROGRAMS, dweight_ptr, C, 2 * C, ROWS, BLOCK)
     else:
         if HAS_DBIAS:
-            tl.store(dbias_ptr + out, total.to(dbias_ptr.dtype.element_ty), mask=out < C)
+            add_shares(partial_ptr + C, PROGRAMS, dbias_ptr, C, 2 * C, ROWS, BLOCK)

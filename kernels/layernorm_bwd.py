@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    add_shares,
     affine,
     load,
     load_again,
@@ -83,7 +84,9 @@ def layernorm_bwd(
     PROGRAMS,
     dx_ptr,  # [M, N]
     dresidual_ptr,  # [M, N]
-    partial_ptr,  # [PROGRAMS, K, N] float32: those wanted of dweight, dbias, dx_bias
+    dweight_ptr,  # [PROGRAMS, N], like the next two: float32 shares, or the gradient itself if one program has all rows
+    dbias_ptr,
+    dx_bias_ptr,
     N: tl.constexpr,
     P: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
@@ -182,13 +185,13 @@ def layernorm_bwd(
             store(dresidual_ptr + row * N, cols, ds, inside, MASKED)
         if PREFETCH:
             n, dy, m0, e, scale = after
-    share = partial_ptr + pid.to(tl.int64) * ((HAS_DWEIGHT + HAS_DBIAS + HAS_DX_BIAS) * N)
+    share = pid.to(tl.int64) * N
     if HAS_DWEIGHT:
-        _store_share(share, dweight, cols, live, N, CHUNKS, BLOCK)
+        _store_share(dweight_ptr + share, dweight, cols, live, N, CHUNKS, BLOCK)
     if HAS_DBIAS:
-        _store_share(share + HAS_DWEIGHT * N, dbias, cols, live, N, CHUNKS, BLOCK)
+        _store_share(dbias_ptr + share, dbias, cols, live, N, CHUNKS, BLOCK)
     if HAS_DX_BIAS:
-        _store_share(share + (HAS_DWEIGHT + HAS_DBIAS) * N, dx_bias, cols, live, N, CHUNKS, BLOCK)
+        _store_share(dx_bias_ptr + share, dx_bias, cols, live, N, CHUNKS, BLOCK)
 
 
 @triton.jit
@@ -271,7 +274,9 @@ def layernorm_bwd_columns(
     average_ptr,  # [M] float32
     M,
     PROGRAMS,
-    partial_ptr,  # [PROGRAMS, K, N] float32
+    dweight_ptr,  # [PROGRAMS, N], like the next two: float32 shares, or the gradient itself if one program has all rows
+    dbias_ptr,
+    dx_bias_ptr,
     N: tl.constexpr,
     P: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
@@ -316,10 +321,36 @@ def layernorm_bwd_columns(
                 ds += load(dresidual_out_ptr + row * N, cols, live, MASKED).to(tl.float32)
             dx_bias += ds
         row += PROGRAMS
-    share = partial_ptr + pid.to(tl.int64) * ((HAS_DWEIGHT + HAS_DBIAS + HAS_DX_BIAS) * N)
+    share = pid.to(tl.int64) * N
     if HAS_DWEIGHT:
-        store(share, cols, dweight, live, MASKED)
+        store(dweight_ptr + share, cols, dweight, live, MASKED)
     if HAS_DBIAS:
-        store(share + HAS_DWEIGHT * N, cols, dbias, live, MASKED)
+        store(dbias_ptr + share, cols, dbias, live, MASKED)
     if HAS_DX_BIAS:
-        store(share + (HAS_DWEIGHT + HAS_DBIAS) * N, cols, dx_bias, live, MASKED)
+        store(dx_bias_ptr + share, cols, dx_bias, live, MASKED)
+
+
+@triton.jit
+def layernorm_bwd_reduce(
+    first_share_ptr,  # [PROGRAMS, N] float32, like the next two: shares of the gradients that are wanted
+    second_share_ptr,
+    third_share_ptr,
+    PROGRAMS,
+    first_ptr,  # [N], like the next two: these gradients
+    second_ptr,
+    third_ptr,
+    VECTORS: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The second grid index says which of the VECTORS gradients."""
+    which = tl.program_id(1)
+    if which == 0:
+        add_shares(first_share_ptr, PROGRAMS, first_ptr, N, N, ROWS, BLOCK)
+    elif which == 1:
+        if VECTORS > 1:
+            add_shares(second_share_ptr, PROGRAMS, second_ptr, N, N, ROWS, BLOCK)
+    else:
+        if VECTORS > 2:
+            add_shares(third_share_ptr, PROGRAMS, third_ptr, N, N, ROWS, BLOCK)

@@ -8,7 +8,7 @@ Parameters come in the order inputs, scalars, outputs, constexprs. A pointer who
 import triton
 import triton.language as tl
 
-from ._common import program_index
+from ._common import add_shares, program_index
 from ._heads import (
     angles,
     angles_at,
@@ -366,18 +366,6 @@ def qk_norm_rope_two_stream_bwd(
 
 
 @triton.jit
-def _reduce(partial_ptr, blocks, dw_ptr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Column sums of ``[blocks, D]`` in an order that ``blocks`` alone decides."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(0, blocks, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        sums += tl.load(partial_ptr + row.to(tl.int64) * D + cols, mask=(row < blocks) & (cols < D), other=0.0)
-    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(dw_ptr + out, tl.sum(sums, axis=0), mask=out < D)
-
-
-@triton.jit
 def qk_norm_rope_bwd_reduce(
     partial0_ptr,  # [blocks0, D] float32
     partial1_ptr,
@@ -387,7 +375,7 @@ def qk_norm_rope_bwd_reduce(
     blocks1,
     blocks2,
     blocks3,
-    dw0_ptr,  # [D] float32
+    dw0_ptr,  # [D]
     dw1_ptr,
     dw2_ptr,
     dw3_ptr,
@@ -398,13 +386,13 @@ def qk_norm_rope_bwd_reduce(
     part = tl.program_id(1)
     if part == 0:
         if HAS_W0:
-            _reduce(partial0_ptr, blocks0, dw0_ptr, D, ROWS, BLOCK)
+            add_shares(partial0_ptr, blocks0, dw0_ptr, D, D, ROWS, BLOCK)
     elif part == 1:
         if HAS_W1:
-            _reduce(partial1_ptr, blocks1, dw1_ptr, D, ROWS, BLOCK)
+            add_shares(partial1_ptr, blocks1, dw1_ptr, D, D, ROWS, BLOCK)
     elif part == 2:
         if HAS_W2:
-            _reduce(partial2_ptr, blocks2, dw2_ptr, D, ROWS, BLOCK)
+            add_shares(partial2_ptr, blocks2, dw2_ptr, D, D, ROWS, BLOCK)
     else:
         if HAS_W3:
-            _reduce(partial3_ptr, blocks3, dw3_ptr, D, ROWS, BLOCK)
+            add_shares(partial3_ptr, blocks3, dw3_ptr, D, D, ROWS, BLOCK)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    add_shares,
     affine,
     load,
     load_again,
@@ -374,17 +375,9 @@ def rmsnorm_bwd_columns(
 def rmsnorm_bwd_reduce(
     partial_ptr,  # [PROGRAMS, N] float32
     PROGRAMS,
-    dweight_ptr,  # [N] float32
+    dweight_ptr,  # [N]
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Column sums of the partial sums, in an order that PROGRAMS alone decides. A program owns BLOCK columns."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    rows = tl.arange(0, ROWS)[:, None]
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(0, PROGRAMS, ROWS):
-        row = start + rows
-        sums += tl.load(partial_ptr + row.to(tl.int64) * N + cols, mask=(row < PROGRAMS) & (cols < N), other=0.0)
-    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(dweight_ptr + out, tl.sum(sums, axis=0), mask=out < N)
+    add_shares(partial_ptr, PROGRAMS, dweight_ptr, N, N, ROWS, BLOCK)

@@ -78,16 +78,16 @@ class Call:
             operands["dresidual_out"] = cts[1]
         return operands, replace(want, mean=mean.astype(np.float64) + shift, rstd=rstd.astype(np.float64))
 
-    def sums(self) -> tuple[str, ...]:
-        return tuple(oracle.SUMS[k] for k in ("weight", "bias", "x_bias") if self.case.dtype(k) != NONE)
+    def sums(self) -> dict[str, str]:
+        """Gradients of vectors: their dtypes."""
+        return {oracle.SUMS[k]: self.case.dtype(k) for k in ("weight", "bias", "x_bias") if self.case.dtype(k) != NONE}
 
     def backward(self, operands: dict[str, np.ndarray]) -> Problem:
         c, wide = self.case, (self.rows, self.case.features)
         split = c.dtype("residual") if c.dtype("residual") not in (NONE, c.x) else None
         results = [("dx", wide, c.x), ("dresidual", wide, split)]
-        sums = self.sums()
-        results.append(("sums", (len(sums), c.features), F32 if sums else None))
-        options = {"sums": sums, "weight_offset": c.options.get("weight_offset", 0.0)}
+        results += [(name, (c.features,), dtype) for name, dtype in self.sums().items()]
+        options = {"weight_offset": c.options.get("weight_offset", 0.0)}
         return _problem("layernorm_bwd", c.lead, c.features, [*_operands(operands), *results], options, self.target)
 
     def check_backward(self, a, operands, forward: oracle.Forward, out: dict[str, np.ndarray]) -> None:
@@ -96,8 +96,8 @@ class Call:
         tolerances.assert_dx(out["dx"], want)
         if "dresidual" in out:
             tolerances.assert_dx(out["dresidual"], want, "dresidual")
-        for i, name in enumerate(self.sums()):
-            oracle.assert_sum(out["sums"][i], want, name)
+        for name in self.sums():
+            oracle.assert_sum(out[name], want, name)
 
 
 @dataclass(frozen=True)

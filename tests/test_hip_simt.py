@@ -71,7 +71,7 @@ class Case:
             ("dresidual_out", (m, n), self.residual),
             ("dx", (m, n), self.x),
             ("dresidual", (m, n), self.residual if split else None),
-            ("dweight", (n,), F32 if self.weight else None),
+            ("dweight", (n,), self.weight),
         ]
         return problem("rmsnorm_bwd", self, buffers, {"weight_offset": self.settings()["weight_offset"]})
 

@@ -171,7 +171,7 @@ def test_jax_triton_lowers_every_launch(rows):
         for launch in rmsnorm_triton.plan(p):
             known = {n: jax.ShapeDtypeStruct(p.shape(n), p.dtype(n)) for n, _ in p.dtypes}
             known |= {n: jax.ShapeDtypeStruct(s, d) for n, s, d in launch.temps}
-            known |= {"dweight_partial": jax.ShapeDtypeStruct((2, 1024), jnp.float32)}
+            known |= {"dweight_share": jax.ShapeDtypeStruct((2, 1024), jnp.float32)}
             stand_in = jax.ShapeDtypeStruct((1,), jnp.bfloat16)
             outs = [known.get(n, stand_in) for n in launch.outputs]
             args = [known.get(n, stand_in) for n in launch.inputs]

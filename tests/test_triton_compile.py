@@ -73,7 +73,7 @@ def backward(
         ("dresidual_out", shape, extra),
         ("dx", shape, n),
         ("dresidual", shape, second),
-        ("dweight", (features,), weight and F32),
+        ("dweight", (features,), weight),
     ]
     return _problem("rmsnorm_bwd", features, buffers, (("weight_offset", offset),), target)
 

@@ -306,7 +306,7 @@ class Back:
         if self.dresidual:
             results.append(("dresidual", shape, self.dresidual))
         if case.weight:
-            results.append(("dweight", shape[1:], F32))
+            results.append(("dweight", shape[1:], case.weight))
         return problem("rmsnorm_bwd", arrays, results, case.target, weight_offset=case.offset)
 
     def check(self, got, arrays, want) -> None:
@@ -327,7 +327,7 @@ def run_backward(p, arrays, plan=rmsnorm_triton.plan):
     if steps[-1].kernel.endswith("_reduce"):
         block = 1024
         constants = tuple((k, {"BLOCK": block, "ROWS": 16}.get(k, v)) for k, v in steps[-1].constants)
-        grid = (-(-dict(constants)["N"] // block), 1, 1)
+        grid = (-(-dict(constants)["N"] // block), *steps[-1].grid[1:])
         steps = (*steps[:-1], dataclasses.replace(steps[-1], constants=constants, grid=grid))
     return interpreter.run(steps, p, arrays)
 
@@ -403,9 +403,9 @@ def test_the_reduction_of_the_plan():
     rng = np.random.default_rng(0)
     for programs, features in ((1, 16), (5, 50), (132, 33), (700, 16)):
         partial = rng.standard_normal((programs, features)).astype(np.float32)
-        p = problem("rmsnorm_bwd", {"dweight_partial": partial}, [("dweight", (features,), F32)], "sm_90")
+        p = problem("rmsnorm_bwd", {"dweight_share": partial}, [("dweight", (features,), F32)], "sm_90")
         got = interpreter.run(
-            rmsnorm_triton._reduce(p, programs), dataclasses.replace(p, features=features), {"dweight_partial": partial}
+            rmsnorm_triton._reduce(p, programs), dataclasses.replace(p, features=features), {"dweight_share": partial}
         )
         bound = 2.0**-20 * np.abs(partial).sum(0).max()
         np.testing.assert_allclose(got["dweight"], partial.astype(np.float64).sum(0), rtol=0, atol=bound)

@@ -79,9 +79,11 @@ JN_ENTRY JN_BOUNDS(JN_LANES, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_layernorm_bwd_reduce)
-// sums[i] = sum over p of partials[p][i] for the k * N = JN_N sums, p in a fixed order
+// The JN_VECTORS gradients that are wanted, [N] each: cast(sum over p of partials[p][i]), p in a fixed order
 JN_ENTRY JN_BOUNDS(JN_COLUMNS* JN_SLICES, 1)
-    layernorm_bwd_reduce(const float* partials, unsigned programs, float* sums) {
-  jaxnorm::add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, programs, sums);
+    layernorm_bwd_reduce(const float* partials, unsigned programs, char* first, char* second, char* third) {
+  using namespace jaxnorm;
+  const VectorGradients<JN_N, JN_V, JN_FIRST, JN_SECOND, JN_THIRD> gradients{first, second, third};
+  add_partials<JN_VECTORS * JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, programs, block_x(), gradients);
 }
 #endif

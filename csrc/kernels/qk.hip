@@ -110,18 +110,19 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_qk_norm_rope_bwd_reduce)
-// dw_i[n] = sum over p of partials_i[p][n], p in a fixed order; grid y is i. Null parts are left out.
+// dw_i[n] = cast(sum over p of partials_i[p][n]), p in a fixed order; grid y is i. Null parts are left out.
 JN_ENTRY JN_BOUNDS(JN_COLUMNS* JN_SLICES, 1)
     qk_norm_rope_bwd_reduce(const float* partials0, const float* partials1, const float* partials2,
                             const float* partials3, unsigned blocks0, unsigned blocks1, unsigned blocks2,
-                            unsigned blocks3, float* dw0, float* dw1, float* dw2, float* dw3) {
+                            unsigned blocks3, char* dw0, char* dw1, char* dw2, char* dw3) {
   using namespace jaxnorm;
   const unsigned part = block_y();
   const float* partials = part == 0 ? partials0 : part == 1 ? partials1 : part == 2 ? partials2 : partials3;
   const unsigned blocks = part == 0 ? blocks0 : part == 1 ? blocks1 : part == 2 ? blocks2 : blocks3;
-  float* dw = part == 0 ? dw0 : part == 1 ? dw1 : part == 2 ? dw2 : dw3;
-  if (dw == nullptr) return;
-  add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, blocks, dw);
+  if (partials == nullptr) return;
+  const VectorGradients<JN_N, JN_V, JN_DW0, JN_DW1, JN_DW2, JN_DW3> gradients{dw0, dw1, dw2, dw3};
+  add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(
+      partials, blocks, block_x(), [=](u32 column, const float (&sum)[JN_V]) { gradients(part * JN_N + column, sum); });
 }
 #endif
 

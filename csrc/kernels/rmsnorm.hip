@@ -65,9 +65,11 @@ JN_ENTRY JN_BOUNDS(JN_LANES, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_rmsnorm_bwd_reduce)
-// dweight[n] = sum over p of partials[p][n], p in a fixed order
+// dweight[n] = cast(sum over p of partials[p][n]), p in a fixed order
 JN_ENTRY JN_BOUNDS(JN_COLUMNS* JN_SLICES, 1)
-    rmsnorm_bwd_reduce(const float* partials, unsigned programs, float* dweight) {
-  jaxnorm::add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, programs, dweight);
+    rmsnorm_bwd_reduce(const float* partials, unsigned programs, char* dweight) {
+  using namespace jaxnorm;
+  const VectorGradients<JN_N, JN_V, JN_FIRST> gradients{dweight};
+  add_partials<JN_N, JN_V, JN_COLUMNS, JN_SLICES>(partials, programs, block_x(), gradients);
 }
 #endif

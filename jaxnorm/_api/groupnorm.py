@@ -36,7 +36,7 @@ def _forward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arr
         layout=_layout(call),
         eps=call.option("eps"),
         silu=call.option("silu"),
-        out_dtype=next(d for n, _, d in call.results if n == "y"),
+        out_dtype=call.dtype("y"),
         axes=axes,
     )
 

@@ -18,7 +18,7 @@ from . import _checks as check
 
 ORDER = ("x", "x_bias", "residual", "weight", "bias")
 SUM_OF = {"weight": "dweight", "bias": "dbias", "x_bias": "dx_bias"}
-"""The sum over the rows that is the gradient of a vector, in the order of their stack."""
+"""The sum over the rows that is the gradient of a vector."""
 _ROWS = ("x", "residual", "n", "dresidual_out")
 
 
@@ -27,7 +27,7 @@ def _dims(name: str) -> str:
 
 
 def _forward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
-    y_dtype = next(d for n, _, d in call.results if n == "y")
+    y_dtype = call.dtype("y")
     width = call.size("p") if "p" in dict(call.sizes) else a["x"].shape[-1]
     return ref.forward(a, features=call.features, width=width, out_dtype=y_dtype, axes=axes, **dict(call.options))
 
@@ -59,11 +59,9 @@ class _Config:
     backend_source: str
     targets: tuple[tuple[str, str], ...]
 
-    def run(
-        self, stage: StageDef, arrays: Arrays, results: list[tuple[str, str, str]], stacked: int = 0, **options: Any
-    ) -> Arrays:
+    def run(self, stage: StageDef, arrays: Arrays, results: list[tuple[str, str, str]], **options: Any) -> Arrays:
         n = next(iter(arrays.values())).shape[-1]
-        sizes = [("n", n)] + ([("p", self.width)] if self.width != n else []) + ([("k", stacked)] if stacked else [])
+        sizes = [("n", n)] + ([("p", self.width)] if self.width != n else [])
         wide = "... n" if self.width == n else "... p"
         call = StageCall(
             stage=stage.name,
@@ -75,7 +73,7 @@ class _Config:
             backend=self.backend,
             backend_source=self.backend_source,
             targets=self.targets,
-            sums=(("sums", "..."),) if stacked else (),
+            sums=tuple((name, "...") for name, _, _ in results if name in SUM_OF.values()),
             feature_dims=("n",) if self.width == n else (),
         )
         return _op.run(call, tuple(arrays.values()))
@@ -118,24 +116,13 @@ def _backward(config: _Config, saved: tuple[Arrays, Arrays], cotangents: Any) ->
     results = [("dx", "... n", config.x_dtype)]
     if config.residual_dtype not in (None, config.x_dtype):  # else one array is both
         results.append(("dresidual", "... n", config.residual_dtype))
-    # stacked, so that sharded rows cost one all-reduce
-    vectors = [name for name in SUM_OF if name in given]
-    sums = tuple(SUM_OF[name] for name in vectors)
-    if sums:
-        results.append(("sums", "k n", "float32"))
-    got = config.run(
-        BACKWARD,
-        {k: v for k, v in operands.items() if v is not None},
-        results,
-        len(sums),
-        sums=sums,
-        weight_offset=config.weight_offset,
-    )
+    results += [(total, "n", given[name].dtype.name) for name, total in SUM_OF.items() if name in given]
+    operands = {k: v for k, v in operands.items() if v is not None}
+    got = config.run(BACKWARD, operands, results, weight_offset=config.weight_offset)
     gradients = {"x": got["dx"]}
     if config.residual_dtype:
         gradients["residual"] = got.get("dresidual", got["dx"])
-    for name in vectors:
-        gradients[name] = got["sums"][sums.index(SUM_OF[name])].astype(given[name].dtype)
+    gradients |= {name: got[total] for name, total in SUM_OF.items() if total in got}
     return (gradients,)
 
 

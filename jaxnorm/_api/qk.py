@@ -37,7 +37,9 @@ def _backward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Ar
     out: Arrays = {}
     for i in (n[1:] for n in a if n[0] == "x"):
         dx, terms = ref.norm_rope_backward(a[f"x{i}"], a.get(f"w{i}"), cos, sin, a[f"dy{i}"], **_norm(call))
-        out |= {f"dx{i}": dx, f"dw{i}": ref.weight_sum(terms)}
+        out[f"dx{i}"] = dx
+        if f"w{i}" in a:
+            out[f"dw{i}"] = ref.weight_sum(terms).astype(call.dtype(f"dw{i}"))
     return out
 
 
@@ -59,7 +61,9 @@ def _two_stream_backward_reference(call: StageCall, a: Arrays, axes: tuple[str, 
         for i, dy in grads.items():
             cos_sin = _halves(a[f"cos_sin{i}"])
             dx, terms = ref.norm_rope_backward(a[n + i], a.get(f"{n}_weight{i}"), *cos_sin, dy, **_norm(call))
-            out |= {f"d{n}{i}": dx, f"d{n}_weight{i}": ref.weight_sum(terms)}
+            out[f"d{n}{i}"] = dx
+            if (weight := f"{n}_weight{i}") in a:
+                out[f"d{weight}"] = ref.weight_sum(terms).astype(call.dtype(f"d{weight}"))
     return out
 
 
@@ -103,10 +107,6 @@ def _filled(cotangent: Any) -> jax.Array:
     return cotangent
 
 
-def _cast(sums: Arrays, name: str, weight: Any) -> Any:
-    return None if weight is None else sums[name].astype(weight.dtype)
-
-
 # ---- one stream
 
 
@@ -129,12 +129,12 @@ def _backward(config: _heads.Config, saved: Any, cotangents: Many) -> Many:
     operands |= {f"dy{i}": (_filled(c), config.heads(i)) for i, c in enumerate(cotangents)}
     operands = _there(operands)
     results = [(f"dx{i}", config.heads(i), x.dtype.name) for i, x in enumerate(xs)]
-    weights = [i for i, w in enumerate(ws) if w is not None]
-    results += [(f"dw{i}", "d", "float32") for i in weights]
-    sums = tuple((f"dw{i}", f"{config.tokens} h{i}") for i in weights)
+    weights = [(i, w) for i, w in enumerate(ws) if w is not None]
+    results += [(f"dw{i}", "d", w.dtype.name) for i, w in weights]
+    sums = tuple((f"dw{i}", f"{config.tokens} h{i}") for i, _ in weights)
     call = config.call(BACKWARD, operands, results, sums, **_options(config))
     out = _op.run(call, tuple(a for a, _ in operands.values()))
-    dws = tuple(_cast(out, f"dw{i}", w) for i, w in enumerate(ws))
+    dws = tuple(out.get(f"dw{i}") for i in range(len(ws)))
     return tuple(out[f"dx{i}"] for i in range(len(xs))), dws, None, None
 
 
@@ -289,12 +289,12 @@ def _two_backward(config: _heads.Config, saved: Any, cotangents: Many) -> Many:
     operands |= {f"d{n}": (_filled(c), dims) for (n, dims), c in zip(_JOINED.items(), cotangents, strict=True)}
     operands = _there(operands)
     results = [(f"d{n}", _TOKENS[n], a.dtype.name) for n, a in zip(_PARTS, parts, strict=True)]
-    with_weight = [n for n, w in zip(_PARTS, weights, strict=True) if w is not None]
-    results += [(f"d{_weight_of(n)}", "d", "float32") for n in with_weight]
-    sums = tuple((f"d{_weight_of(n)}", f"... {'h' if n[0] == 'q' else 'j'}") for n in with_weight)
+    with_weight = [(n, w) for n, w in zip(_PARTS, weights, strict=True) if w is not None]
+    results += [(f"d{_weight_of(n)}", "d", w.dtype.name) for n, w in with_weight]
+    sums = tuple((f"d{_weight_of(n)}", f"... {'h' if n[0] == 'q' else 'j'}") for n, _ in with_weight)
     call = _two_call(config, TWO_STREAM_BACKWARD, operands, results, parts, sums)
     out = _op.run(call, tuple(a for a, _ in operands.values()))
-    dws = tuple(_cast(out, f"d{_weight_of(n)}", w) for n, w in zip(_PARTS, weights, strict=True))
+    dws = tuple(out.get(f"d{_weight_of(n)}") for n in _PARTS)
     return tuple(out[f"d{n}"] for n in _PARTS), dws, (None, None)
 
 

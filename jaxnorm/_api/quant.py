@@ -39,7 +39,7 @@ def encode(call: StageCall, y: jax.Array, a: Arrays, axes: tuple[str, ...]) -> A
     out = {"y": y} if any(n == "y" for n, _, _ in call.results) else {}
     width = call.size("p") if "p" in dict(call.sizes) else y.shape[-1]
     if out:
-        out["y"] = pad_last(y.astype(next(d for n, _, d in call.results if n == "y")), width)
+        out["y"] = pad_last(y.astype(call.dtype("y")), width)
     z = y * f32(a["smooth_scale"]) if "smooth_scale" in a else y
     values, scale = ref.quantize(pad_last(z, width), spec, a.get("static_scale"), axes)
     out["values"] = values

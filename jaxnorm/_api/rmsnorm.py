@@ -18,7 +18,7 @@ from . import _checks as check
 
 
 def _forward_reference(call: StageCall, a: Arrays, axes: tuple[str, ...]) -> Arrays:
-    y_dtype = next(d for n, _, d in call.results if n == "y")
+    y_dtype = call.dtype("y")
     width = call.size("p") if "p" in dict(call.sizes) else a["x"].shape[-1]
     return ref.forward(
         a["x"],
@@ -134,7 +134,7 @@ def _backward(config: _Config, saved: Any, cotangents: Any) -> tuple[Any, Any, A
     if config.residual_dtype not in (None, config.x_dtype):  # else one array is both
         results.append(("dresidual", "... n", config.residual_dtype))
     if weight is not None:
-        results.append(("dweight", "n", "float32"))
+        results.append(("dweight", "n", weight.dtype.name))
     dims = {
         "n": "... n",
         "weight": "n",
@@ -145,8 +145,7 @@ def _backward(config: _Config, saved: Any, cotangents: Any) -> tuple[Any, Any, A
     call = config.call(BACKWARD, arrays, dims, results, width, weight_offset=config.weight_offset)
     out = _op.run(call, tuple(arrays.values()))
     dresidual = out.get("dresidual", out["dx"]) if config.residual_dtype else None
-    dweight = None if weight is None else out["dweight"].astype(weight.dtype)
-    return out["dx"], dresidual, dweight
+    return out["dx"], dresidual, out.get("dweight")
 
 
 @functools.cache

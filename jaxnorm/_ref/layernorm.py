@@ -92,15 +92,15 @@ def backward(
     *,
     features: int,
     dtypes: dict[str, str],
-    sums: tuple[str, ...],
     weight_offset: float,
     axes: Axes = (),
 ) -> dict[str, jax.Array]:
     """``xh = (a - mean) * rstd; gw = dy * w'; ds = rstd * (gw - xh * mean(gw * xh) - mean(gw)) + dresidual_out``.
 
     Roundings count as identity. ``arrays``: ``n`` (x, or residual_out, which includes x_bias), ``x_bias`` where n does not include
-    it, ``weight``, ``mean``, ``shift``, ``rstd``, ``dy``, ``dresidual_out``. ``dtypes`` names the row results wanted (``dx``,
-    ``dresidual``); ``sums`` the float32 sums over the rows of ``dy * xh``, ``dy`` and ``ds``, stacked as ``[k, N]``.
+    it, ``weight``, ``mean``, ``shift``, ``rstd``, ``dy``, ``dresidual_out``. ``dtypes`` names the results wanted and their dtypes:
+    ``dx``, ``dresidual``, and the sums over the rows ``dweight`` of ``dy * xh``, ``dbias`` of ``dy`` and ``dx_bias`` of ``ds``,
+    added up in float32.
     """
     n = summed(arrays["n"], arrays.get("x_bias"), None)
     g, r = f32(arrays["dy"][..., : n.shape[-1]]), arrays["rstd"][..., None]
@@ -109,9 +109,7 @@ def backward(
     ds = r * (gw - xh * row_mean(gw * xh, features, axes) - row_mean(gw, features, axes))
     if "dresidual_out" in arrays:
         ds = ds + f32(arrays["dresidual_out"])
-    out = {name: ds.astype(dtype) for name, dtype in dtypes.items() if name in ("dx", "dresidual")}
-    if sums:
-        rows = tuple(range(g.ndim - 1))
-        terms = {"dweight": g * xh, "dbias": g, "dx_bias": ds}
-        out["sums"] = jnp.stack([jnp.sum(terms[name], axis=rows) for name in sums])
-    return out
+    terms, rows = {"dweight": g * xh, "dbias": g, "dx_bias": ds}, tuple(range(g.ndim - 1))
+    return {
+        name: (jnp.sum(terms[name], axis=rows) if name in terms else ds).astype(dtype) for name, dtype in dtypes.items()
+    }

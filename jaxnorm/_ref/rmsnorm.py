@@ -79,8 +79,8 @@ def backward(
 ) -> dict[str, jax.Array]:
     """``xh = n * rstd; gw = dy * w'; ds = rstd * (gw - xh * mean(gw * xh)) + dresidual_out``; roundings count as identity.
 
-    ``dtypes`` names the results wanted (``dx``, ``dresidual``, ``dweight``) and their dtypes; dweight is the float32 sum of
-    ``dy * xh`` over the rows.
+    ``dtypes`` names the results wanted (``dx``, ``dresidual``, ``dweight``) and their dtypes; dweight is the sum over the rows of
+    ``dy * xh``, added up in float32.
     """
     g, r = f32(dy[..., : n.shape[-1]]), rstd[..., None]
     xh = f32(n) * r
@@ -90,5 +90,5 @@ def backward(
         ds = ds + f32(dresidual_out)
     out = {name: ds.astype(dtype) for name, dtype in dtypes.items() if name != "dweight"}
     if "dweight" in dtypes:
-        out["dweight"] = jnp.sum(g * xh, axis=tuple(range(g.ndim - 1)))
+        out["dweight"] = jnp.sum(g * xh, axis=tuple(range(g.ndim - 1))).astype(dtypes["dweight"])
     return out

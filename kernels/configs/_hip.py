@@ -14,6 +14,8 @@ TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 STATS = {"rmsnorm": ("rstd",), "layernorm": ("mean", "shift", "rstd")}
 """Scalars of a row that the forward saves for the backward."""
+SUMS = ("dweight", "dbias", "dx_bias")
+"""Gradients of vectors: sums over the rows. The layer norm has all three, the other norm the first."""
 
 Constants = tuple[tuple[str, object], ...]
 
@@ -88,7 +90,7 @@ def vector(problem: Problem) -> int:
     Partial sums count as the float32 row that they make: a row has the same bits whether it was added up before or is here.
     """
     padded = "y" if problem.stage.endswith("_fwd") else "dy"
-    others = (*STATS["layernorm"], "dweight", "sums", *(("x",) if _parts(problem) > 1 else ()))
+    others = (*STATS["layernorm"], *SUMS, *(("x",) if _parts(problem) > 1 else ()))
     v = 16 // min((ITEMSIZE[dtype] for name, dtype in problem.dtypes if name not in others), default=4)
     while problem.features % v or _width(problem, padded) % v:
         v //= 2

@@ -9,6 +9,7 @@ from . import Launch, Problem, compute_units, next_power_of_2, shared_memory, wa
 from ._hip import (
     MAX_THREADS,
     STATS,
+    SUMS,
     Constants,
     _ceil,
     _family,
@@ -22,8 +23,6 @@ from ._hip import (
     _width,
     vector,
 )
-
-SUMS = ("dweight", "dbias", "dx_bias")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Backward:
     """Chunks of a column tile, for rows too long for one block; 0 = the row is whole."""
 
 
+PLACES = ("FIRST", "SECOND", "THIRD")
 ROW_INPUTS = ("n", "dy", "dresidual_out")
 
 
@@ -51,9 +51,7 @@ def _row_sums(problem: Problem) -> int:
 
 def _vectors(problem: Problem) -> tuple[str, ...]:
     """The gradients of vectors that are wanted, in the order of their stack."""
-    if _family(problem) == "layernorm":
-        return tuple(n for n in SUMS if n in problem.option("sums"))
-    return ("dweight",) if problem.has("dweight") else ()
+    return tuple(n for n in SUMS if problem.has(n))
 
 
 def _slot_bytes(problem: Problem, v: int, per: int, threads: int, tiled: bool) -> int:
@@ -263,15 +261,23 @@ def _dot_launch(problem: Problem, v: int, constants: Constants) -> Launch:
 
 def _reduce_launch(problem: Problem, blocks: int) -> Launch:
     """One block for 128 bytes of columns: as many blocks as possible with whole cache lines, all rows of a block in flight."""
-    width, family = problem.features * len(_vectors(problem)), _family(problem)
-    v = next(v for v in (4, 2, 1) if width % v == 0)
+    family, wanted = _family(problem), _vectors(problem)
+    v = next(v for v in (4, 2, 1) if problem.features % v == 0)
     columns, slices = 8, 32
+    outputs = (*wanted, *(n for n in SUMS if n not in wanted)) if family == "layernorm" else SUMS[:1]
     return Launch(
         kernel=f"{family}.hip:{family}_bwd_reduce",
         inputs=("partials",),
-        outputs=("sums",) if family == "layernorm" else ("dweight",),
-        grid=(_ceil(width, columns * v), 1, 1),
-        constants=(("JN_N", width), ("JN_V", v), ("JN_COLUMNS", columns), ("JN_SLICES", slices)),
+        outputs=outputs,
+        grid=(_ceil(len(wanted) * problem.features, columns * v), 1, 1),
+        constants=(
+            ("JN_N", problem.features),
+            ("JN_V", v),
+            ("JN_COLUMNS", columns),
+            ("JN_SLICES", slices),
+            *((("JN_VECTORS", len(wanted)),) if family == "layernorm" else ()),
+            *((f"JN_{place}", _type(problem, n)) for place, n in zip(PLACES, outputs, strict=False)),
+        ),
         scalars=(("programs", "i32", blocks),),
         threads=columns * slices,
         shared=slices // 2 * columns * v * 4,

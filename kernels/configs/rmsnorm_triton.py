@@ -289,10 +289,8 @@ def _stats(problem: Problem) -> tuple[str, ...]:
 
 
 def _vectors(problem: Problem) -> tuple[str, ...]:
-    """The gradients of vectors that are wanted, in the order of their stack."""
-    if _layer(problem):
-        return tuple(n for n in SUMS if n in problem.option("sums"))
-    return ("dweight",) if problem.has("dweight") else ()
+    """The gradients of vectors that are wanted."""
+    return tuple(n for n in SUMS if problem.has(n))
 
 
 def _bwd_inputs(problem: Problem) -> tuple[str, ...]:
@@ -304,12 +302,13 @@ def _sum_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
     return tuple((f"HAS_{n.upper()}", n in _vectors(problem)) for n in wanted)
 
 
-def _partials(problem: Problem, programs: int) -> tuple[str, tuple[tuple[str, tuple[int, ...], str], ...]]:
+def _shares(problem: Problem, programs: int) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...], str], ...]]:
     """(where the shares of the programs go, their scratch); one program's share is the whole sum: no second launch."""
-    vectors, total = _vectors(problem), "sums" if _layer(problem) else "dweight"
-    if programs == 1 or not vectors:
-        return total, ()
-    return f"{total}_partial", ((f"{total}_partial", (programs, len(vectors) * problem.features), "float32"),)
+    names = SUMS if _layer(problem) else SUMS[:1]
+    if programs == 1:
+        return names, ()
+    shape = (programs, problem.features)
+    return tuple(f"{n}_share" for n in names), tuple((f"{n}_share", shape, "float32") for n in _vectors(problem))
 
 
 def _bwd_constants(problem: Problem) -> tuple[tuple[str, object], ...]:
@@ -335,12 +334,12 @@ def _bwd(problem: Problem, config: Backward) -> tuple[Launch, ...]:
     programs = _programs(
         problem, -(-problem.rows // tile.rows), compute_units(problem.target) * config.programs_per_unit
     )
-    partial, temps = _partials(problem, programs)
+    shares, temps = _shares(problem, programs)
     first = Launch(
         kernel=_kernel(problem, "bwd"),
         inputs=_bwd_inputs(problem),
         scalars=(("M", "i32", problem.rows), ("PROGRAMS", "i32", programs)),
-        outputs=("dx", "dresidual", partial),
+        outputs=("dx", "dresidual", *shares),
         grid=(programs, 1, 1),
         constants=(
             *_bwd_constants(problem),
@@ -376,14 +375,14 @@ def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
     columns = -(-problem.features // block)
     # About eight workgroups of 128 threads a compute unit, each with STAGES rows on the way.
     programs = _programs(problem, problem.rows, max(1, 8 * compute_units(problem.target) // columns))
-    partial, temps = _partials(problem, programs)
+    shares, temps = _shares(problem, programs)
     shape = (("BLOCK", block), ("VEC", loop.vec), ("STAGES", 4))
     known = tuple(c for c in _bwd_constants(problem) if c[0] != "HAS_DRESIDUAL")
     sums = Launch(
         kernel=_kernel(problem, "bwd_columns"),
         inputs=(*_bwd_inputs(problem), "product", "average") if layer else ("n", "rstd", "dy"),
         scalars=(("M", "i32", problem.rows), ("PROGRAMS", "i32", programs)),
-        outputs=(partial,),
+        outputs=shares,
         grid=(columns, programs, 1),
         constants=(*known, *_sum_constants(problem), *shape) if layer else (*known[:2], *shape),
         num_warps=128 // wave,
@@ -395,15 +394,21 @@ def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
 def _reduce(problem: Problem, programs: int) -> tuple[Launch, ...]:
     """Sum of the partials. Narrow column blocks give enough programs; all rows in one or two reads hide the latency."""
     rows, block = min(max(next_power_of_2(programs), 16), 512), 16
-    width, total = problem.features * max(1, len(_vectors(problem))), "sums" if _layer(problem) else "dweight"
+    wanted, layer = _vectors(problem), _layer(problem)
+    outputs = (*wanted, *(n for n in SUMS if n not in wanted)) if layer else SUMS[:1]
     return (
         Launch(
-            kernel="rmsnorm:rmsnorm_bwd_reduce",
-            inputs=(f"{total}_partial",),
+            kernel=_kernel(problem, "bwd_reduce"),
+            inputs=tuple(f"{n}_share" for n in outputs),
             scalars=(("PROGRAMS", "i32", programs),),
-            outputs=(total,),
-            grid=(-(-width // block), 1, 1),
-            constants=(("N", width), ("ROWS", rows), ("BLOCK", block)),
+            outputs=outputs,
+            grid=(-(-problem.features // block), len(wanted), 1),
+            constants=(
+                *((("VECTORS", len(wanted)),) if layer else ()),
+                ("N", problem.features),
+                ("ROWS", rows),
+                ("BLOCK", block),
+            ),
             num_warps=min(256, max(64, rows * block // 16)) // wave_size(problem.target),
         ),
     )

@@ -275,22 +275,6 @@ JN_DEV void unit_means(const M& map, const float* shares, float scale, float* me
   }
 }
 
-// Puts V sums of a column of partials where they belong. A gradient that nobody wants has no elements.
-template <int C, int V, class DW, class DB> struct VectorGradients {
-  char *dweight, *dbias;
-  JN_DEV void operator()(u32 column, const float (&sum)[V]) const {
-    if (column < u32(C))
-      put<DW>(dweight, column, sum);
-    else
-      put<DB>(dbias, column - C, sum);
-  }
-
- private:
-  template <class T> static JN_DEV void put(char* to, u32 channel, const float (&sum)[V]) {
-    if constexpr (T::size > 0) store_bits(to + channel * T::size, narrow<T, V>(sum));
-  }
-};
-
 template <bool SILU>
 JN_DEV float dx_value(float x, float g, const ChannelStats& stats, const GroupMeans& means, float w, float b) {
   const float xh = stats.normalised(x);

@@ -335,11 +335,24 @@ JN_DEV void add_partials(const float* partials, u32 programs, u32 block, Store s
   }
   if (slice == 0 && has) store(column, sum);
 }
-template <int N, int V, int COLUMNS, int SLICES>
-JN_DEV void add_partials(const float* partials, u32 programs, float* result) {
-  add_partials<N, V, COLUMNS, SLICES>(partials, programs, block_x(), [=](u32 column, const float (&sum)[V]) {
-    store_bits((char*)(result + column), narrow<F32, V>(sum));
-  });
-}
+
+// Puts V sums of a column of a stack of vectors [N] where they belong, each vector in a dtype of its own. One that
+// nobody wants has no elements.
+template <int N, int V, class A, class B = None, class C = None, class D = None> struct VectorGradients {
+  static_assert(N % V == 0, "a chunk in one vector");
+  char *a, *b = nullptr, *c = nullptr, *d = nullptr;
+  JN_DEV void operator()(u32 column, const float (&sum)[V]) const {
+    const u32 vector = column / u32(N), at = column % u32(N);
+    if (vector == 0) put<A>(a, at, sum);
+    if (vector == 1) put<B>(b, at, sum);
+    if (vector == 2) put<C>(c, at, sum);
+    if (vector == 3) put<D>(d, at, sum);
+  }
+
+ private:
+  template <class T> static JN_DEV void put(char* to, u32 at, const float (&sum)[V]) {
+    if constexpr (T::size > 0) store_bits(to + at * T::size, narrow<T, V>(sum));
+  }
+};
 
 }  // namespace jaxnorm
