@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -108,6 +109,38 @@ def test_lowering_for_a_target(op, platform, target, kernels):
     other = "gfx90a" if platform == "rocm" else "sm_80"
     with jaxnorm.use_target({platform: other}):
         assert lower(op.function("triton"), platform, *args).as_text() != forward.as_text()
+
+
+POSITIONS, TABLE = np.arange(5, dtype=np.int32), np.ones((5, 64), np.float32)
+GRADIENTS = {  # function, shapes of its rows, how many vectors are behind them
+    "rmsnorm": (jaxnorm.rmsnorm, [(12, 64)], 1),
+    "add_rmsnorm": (jaxnorm.add_rmsnorm, [(12, 64)] * 2, 1),
+    "layernorm": (jaxnorm.layernorm, [(12, 64)], 2),
+    "add_layernorm": (lambda *a, **kw: jaxnorm.add_layernorm(*a[:4], x_bias=a[4], **kw), [(12, 64)] * 2, 3),
+    "groupnorm": (functools.partial(jaxnorm.groupnorm, num_groups=4, activation="silu"), [(2, 4, 4, 64)], 2),
+    "qk_norm_rope": (lambda *a, **kw: jaxnorm.qk_norm_rope(*a, POSITIONS, TABLE, **kw), [(5, 3, 64)] * 2, 2),
+    "qk_norm_rope_two_stream": (
+        lambda *a, **kw: jaxnorm.qk_norm_rope_two_stream(*a, TABLE, TABLE, **kw), [(1, 5, 3, 64)] * 4, 4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["hip", "triton"])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_gradient_is_kernels_of_ours_alone(name, backend, kernels, monkeypatch):
+    """The sums over the rows come out in the shape and dtype of their vectors: XLA adds no slice and no cast behind them."""
+    from jaxnorm import _launch
+    from jaxnorm._compile.code_object import CodeObject
+
+    monkeypatch.setattr(_launch, "compile_launch", lambda launch, p, b: CodeObject(b"image", "k", p.target, 64, 0, ""))
+    f, rows, vectors = GRADIENTS[name]
+    types = ["bfloat16"] * len(rows) + ["float16", "bfloat16", "float32", "bfloat16"][:vectors]
+    args = [jax.ShapeDtypeStruct(s, t) for s, t in zip([*rows, *[(64,)] * vectors], types, strict=True)]
+    one = lambda *a: tuple(jax.tree.leaves(f(*a, backend=backend)))  # noqa: E731
+    with jaxnorm.use_target(GPUS):
+        text = lower(with_gradients(one), "cuda", args, jax.eval_shape(one, *args)).as_text()
+    assert hlo.launches(text) == 2, hlo.custom_calls(text)
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) <= {"custom_call", "reshape", "constant"}, text
 
 
 @pytest.mark.compile
