@@ -22,7 +22,9 @@ MUTANTS = (
     Mutant("dbias of the weighted cotangent", REF, '"dbias": g, ', '"dbias": gw, ', NUMERICS + "test_models"),
     Mutant("offset of layer norm forgotten in the backward", REF, 'g * (f32(arrays["weight"]) + weight_offset)', 'g * f32(arrays["weight"])', NUMERICS + "test_dtypes"),
     Mutant("x_bias counted twice in the backward", API, 'None if includes_x_bias else given.get("x_bias")', 'given.get("x_bias")', NUMERICS + "test_dtypes"),
-    Mutant("sums of vectors in float32", API, ".astype(given[name].dtype)", "", NUMERICS + "test_models"),
+    Mutant("sums of vectors in float32", API, '"n", given[name].dtype.name', '"n", "float32"', NUMERICS + "test_models"),
+    Mutant("HIP: a gradient in the place of the one before it", BACKWARD, "put<B>(b, at, sum)", "put<A>(a, at, sum)", SIMT + "test_backward"),
+    Mutant("sums of shards rounded before they are added up", "jaxnorm/_sharding.py", '"float32" if summed.get(name) else t', "t", "tests/test_layernorm_transforms.py -k sharded"),
     Mutant("bias in the padding", "jaxnorm/_api/quant.py", "ref.quantize(pad_last(z, width)", "ref.quantize(jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, width - z.shape[-1])], constant_values=1)", QUANT + "padding"),
     Mutant("HIP: what the mean lost is dropped", NORMS, "State{mean, found.shift, rstd, -(found.shift * rstd)}", "State{mean, found.shift, rstd, 0.f}", SIMT + "mean10000"),
     Mutant("HIP: sums about a value far from the mean are kept", NORMS, "return shift * shift > 4.f * var;", "return false;", SIMT + "far_off"),
@@ -33,6 +35,6 @@ MUTANTS = (
     Mutant("HIP: dx_bias without the residual's cotangent", BACKWARD, "columns[Sums::FIRST_DXB][k][i] += ds[i];", "columns[Sums::FIRST_DXB][k][i] += norm.rstd * norm.inner(x[i], g[i]);", SIMT + "test_backward"),
     Mutant("HIP: dbias of the weighted cotangent", BACKWARD, "columns[Sums::FIRST_DB][k][i] += g[i];", "columns[Sums::FIRST_DB][k][i] += g[i] * x[i];", SIMT + "test_backward"),
     Mutant("Triton: deviations of columns that are not there", "kernels/_common.py", "        d = tl.where(live, d, 0.0)", "        d = d", TRITON + "test_forward"),
-    Mutant("Triton: share of dbias in the place of dweight", TRITON_BACKWARD, "_store_share(share + HAS_DWEIGHT * N, dbias", "_store_share(share, dbias", TRITON + "test_backward"),
+    Mutant("Triton: share of dbias in the place of dweight", TRITON_BACKWARD, "_store_share(dbias_ptr + share, dbias", "_store_share(dweight_ptr + share, dbias", TRITON + "test_backward"),
     Mutant("Triton: x_bias forgotten in the second reading", TRITON_BACKWARD, "_bias_at(x_bias_ptr, again, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, HAS_X_BIAS", "_bias_at(x_bias_ptr, again, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, False", TRITON + "reread"),
 )  # fmt: skip
