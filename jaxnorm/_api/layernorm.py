@@ -243,7 +243,7 @@ def layernorm(
       UnsupportedError: the named backend cannot serve the call here.
 
     Gradients: x, weight, bias and x_bias (float32 sums in a fixed order, cast to the dtype of their argument).
-    Sharding: rows without any collective; one all-reduce in the backward, of the three sums stacked; sharded features cost three
+    Sharding: rows without any collective; one all-reduce in the backward, of the three sums together; sharded features cost three
     floats a row.
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization".
     """
