@@ -49,10 +49,10 @@ MUTANTS: tuple[Mutant, ...] = (
            "tests/test_batch_invariance.py"),
     Mutant("psum of dw forgotten", SHARDING, "for axes in dict.fromkeys(filter(None, summed.values())):", "for axes in ():", "tests/test_sharding.py -k rows_sharded"),
     Mutant("psum of dw doubled", SHARDING, "return [jax.lax.psum(arrays[0], axes)]", "return [jax.lax.psum(arrays[0], axes) * 2]", "tests/test_sharding.py -k rows_sharded"),
-    Mutant("leading dims folded outside", OP, "    return tuple(_partitioned(call, len(call.lead(operands[0].shape)))(*operands))",
+    Mutant("leading dims folded outside", OP, "    return tuple(_partitioned(call, len(call.lead(operands[0].shape)), _compat.context_mesh())(*operands))",
            "    return _folded(call, operands)\n\n\ndef _folded(call, operands):\n    lead = operands[0].shape[:-1]\n"
            "    flat = [a.reshape(-1, *a.shape[len(lead) :]) if '...' in call.dims(n) else a for n, a in zip(call.names, operands)]\n"
-           "    out = _partitioned(call, 1)(*flat)\n"
+           "    out = _partitioned(call, 1, _compat.context_mesh())(*flat)\n"
            "    return tuple(o.reshape(call.result_shape(r[0], lead)) for r, o in zip(call.results, out))",
            "tests/test_sharding.py -k rows_sharded"),
     Mutant("features gathered", SHARDING, "named[dim] = entry if split else None", "named[dim] = None", "tests/test_sharding.py -k features_sharded"),

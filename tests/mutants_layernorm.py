@@ -24,7 +24,7 @@ MUTANTS = (
     Mutant("x_bias counted twice in the backward", API, 'None if includes_x_bias else given.get("x_bias")', 'given.get("x_bias")', NUMERICS + "test_dtypes"),
     Mutant("sums of vectors in float32", API, '"n", given[name].dtype.name', '"n", "float32"', NUMERICS + "test_models"),
     Mutant("HIP: a gradient in the place of the one before it", BACKWARD, "put<B>(b, at, sum)", "put<A>(a, at, sum)", SIMT + "test_backward"),
-    Mutant("sums of shards rounded before they are added up", "jaxnorm/_sharding.py", '"float32" if summed.get(name) else t', "t", "tests/test_layernorm_transforms.py -k sharded"),
+    Mutant("sums of shards rounded before they are added up", "jaxnorm/_sharding.py", '"float32" if summed.get(name) else t', "t", "tests/test_layernorm_transforms.py -k narrow"),
     Mutant("bias in the padding", "jaxnorm/_api/quant.py", "ref.quantize(pad_last(z, width)", "ref.quantize(jnp.pad(z, [(0, 0)] * (z.ndim - 1) + [(0, width - z.shape[-1])], constant_values=1)", QUANT + "padding"),
     Mutant("HIP: what the mean lost is dropped", NORMS, "State{mean, found.shift, rstd, -(found.shift * rstd)}", "State{mean, found.shift, rstd, 0.f}", SIMT + "mean10000"),
     Mutant("HIP: sums about a value far from the mean are kept", NORMS, "return shift * shift > 4.f * var;", "return false;", SIMT + "far_off"),
