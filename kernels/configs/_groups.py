@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
 
-from . import ITEMSIZE, Problem, wave_size
+from . import ITEMSIZE, wave_size
 from ._hip import Constants, _ceil, _itemsize, _round_up, _type
+from ._images import Images
 
 IMAGES = ("x", "dy", "y", "dx")
 
@@ -35,19 +36,13 @@ class Lines:
     lines: int
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(Images):
     """A problem in the terms of the kernels."""
 
-    problem: Problem
-    last: bool
-    batch: int
-    space: int
-    channels: int
-    group: int
-    """Channels of a group."""
-    wide: int
-    """Most elements of a chunk: 16 bytes of the narrowest image."""
+    @cached_property
+    def wide(self) -> int:
+        """Most elements of a chunk: 16 bytes of the narrowest image."""
+        return 16 // min(ITEMSIZE[dtype] for name, dtype in self.problem.dtypes if name in IMAGES)
 
     @property
     def v(self) -> int:
@@ -79,10 +74,6 @@ class Sizes:
         """Chunks of a group: of the narrowest tile, channels last."""
         return self.space * self.columns if self.last else self.group * self.space // self.v
 
-    @property
-    def groups(self) -> int:
-        return self.channels // self.group
-
 
 def largest_power_of_2_in(n: int, most: int) -> int:
     p = 1
@@ -97,15 +88,6 @@ def largest_factor(n: int, most: int) -> int:
 
 def power_of_2_below(n: float) -> int:
     return 1 << (max(int(n), 1).bit_length() - 1)
-
-
-def sizes(problem: Problem) -> Sizes:
-    shape, last = problem.shape("x"), bool(problem.option("last"))
-    space, channels = (prod(shape[1:-1]), shape[-1]) if last else (prod(shape[2:]), shape[1])
-    group = problem.option("group_channels")
-    assert isinstance(group, int)
-    wide = 16 // min(ITEMSIZE[dtype] for name, dtype in problem.dtypes if name in IMAGES)
-    return Sizes(problem, last, problem.rows, space, channels, group, wide)
 
 
 def map_macros(s: Sizes, c: Cut) -> tuple[Constants, int]:

@@ -38,7 +38,6 @@ from ._groups import (
     map_macros,
     part_count,
     power_of_2_below,
-    sizes,
     sum_bytes,
     vector_types,
 )
@@ -105,7 +104,7 @@ def _check(problem: Problem) -> Sizes:
     for name, dtype in problem.dtypes:
         if dtype not in TYPES:
             raise Unsupported(f"{name} is {dtype}; the kernels read and write {', '.join(TYPES)}.")
-    s = sizes(problem)
+    s = Sizes.of(problem)
     if s.last and s.columns > MAX_THREADS:
         raise Unsupported(
             f"groups of {s.group} channels take {s.columns} chunks of a position; a workgroup has {MAX_THREADS} threads."

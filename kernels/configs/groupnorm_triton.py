@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, next_power_of_2, wave_size
+from ._images import Images
 
 GRID_COLUMNS = 1 << 20  # as in kernels/_common.py:program_index
 MAX_ELEMENTS = 1 << 31  # of an example: offsets inside a tile and counts of positions are 32-bit
@@ -35,15 +35,7 @@ class Tile:
     stages: int = 1
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    problem: Problem
-    last: bool
-    batch: int
-    space: int
-    channels: int
-    group: int
-
+class _Sizes(Images):
     @property
     def itemsize(self) -> int:
         return max(ITEMSIZE[d] for n, d in self.problem.dtypes if n in ("x", "dy"))
@@ -86,17 +78,13 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
 def _check(problem: Problem) -> _Sizes:
     if problem.stage not in ("groupnorm_fwd", "groupnorm_bwd"):
         raise Unsupported(f"no Triton kernel for the stage {problem.stage}")
-    shape, last = problem.shape("x"), bool(problem.option("last"))
-    if problem.rows < 1 or 0 in shape:
+    if problem.rows < 1 or 0 in problem.shape("x"):
         raise Unsupported("nothing to launch a kernel for")
-    space, channels = (prod(shape[1:-1]), shape[-1]) if last else (prod(shape[2:]), shape[1])
-    group = problem.option("group_channels")
-    assert isinstance(group, int)
-    if space * channels >= MAX_ELEMENTS:
-        raise Unsupported(f"an example of {space * channels} elements; the kernels count up to {MAX_ELEMENTS}")
-    s = _Sizes(problem, last, problem.rows, space, channels, group)
-    if next_power_of_2(group) * next_power_of_2(s.parts(_tile(s))) > COMBINED:
-        raise Unsupported(f"groups of {group} channels; a program puts {COMBINED} statistics together")
+    s = _Sizes.of(problem)
+    if s.space * s.channels >= MAX_ELEMENTS:
+        raise Unsupported(f"an example of {s.space * s.channels} elements; the kernels count up to {MAX_ELEMENTS}")
+    if next_power_of_2(s.group) * next_power_of_2(s.parts(_tile(s))) > COMBINED:
+        raise Unsupported(f"groups of {s.group} channels; a program puts {COMBINED} statistics together")
     return s
 
 
