@@ -3,6 +3,7 @@
 // are dense: [batch, S, C] with channels last, [batch, C, S] with channels first.
 #include "jaxnorm/groups_bwd.h"
 #include "jaxnorm/groups_bwd_cluster.h"
+#include "jaxnorm/groups_bwd_held.h"
 #include "jaxnorm/groups_cluster.h"
 #include "jaxnorm/groups_fwd.h"
 #include "jaxnorm/groups_held.h"
@@ -131,6 +132,18 @@ JN_ENTRY JN_CLUSTER_OF(JN_CLUSTER) JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
   static_assert(ClusterShape<JN_MAP, JN_EXAMPLES>::BLOCKS == JN_CLUSTER, "a part to a block");
   group_bwd_cluster<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_EXAMPLES, JN_HAS_PARTIALS, JN_SHARED>(
       x, dy, weight, bias, stats, batches, dx, Gradients{nullptr, nullptr}, partials);
+}
+#endif
+
+#if defined(JN_ENTRY_groupnorm_bwd_held)
+// dx and partials [batch * PARTS, 2, C] (or null), by teams of blocks that run at the same time, each with JN_EACH
+// parts; words: group_bwd_held's, 16 bytes
+JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
+    groupnorm_bwd_held(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
+                       unsigned long long batches, char* dx, float* partials, char* words) {
+  using namespace jaxnorm;
+  group_bwd_held<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_EACH, JN_SLOTS, JN_REGISTERS>(
+      x, dy, weight, bias, stats, batches, dx, JN_HAS_PARTIALS ? partials : nullptr, words);
 }
 #endif
 

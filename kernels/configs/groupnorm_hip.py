@@ -22,6 +22,7 @@ from . import (
     _groups_cluster,
     _groups_cluster_bwd,
     _groups_held,
+    _groups_held_bwd,
     compute_units,
     next_power_of_2,
     shared_memory,
@@ -65,7 +66,12 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
         return _forward_launches(s, *apart)
     if h := _groups_cluster_bwd.choose(s):
         return _groups_cluster_bwd.launches(s, h, _groups_cluster_bwd.examples(s, h))
-    return _backward_launches(s, *_backward(s))
+    sums, dx = _backward(s)
+    apart = _backward_launches(s, sums, dx)
+    if isinstance(sums, Cut) and (h := _groups_held_bwd.choose(s, sums)):
+        add = _groups_cluster_bwd.add(s, s.batch * part_count(s, sums)) if has_vectors(s) else None
+        return _groups_held_bwd.launches(s, h, apart, add)
+    return apart
 
 
 def candidates(problem: Problem) -> list[tuple[Launch, ...]]:

@@ -28,9 +28,16 @@ template <class M, class W, class B, bool SILU> struct ChannelConstants {
   ChannelStats stats[M::UNITS];
   float w[V], b[SILU ? V : 1];
   JN_DEV void load(const M& map, const char* weight, const char* bias, const float* s) {
+    load_stats(map, s);
+    load_vectors(map, weight, bias);
+  }
+  JN_DEV void load_stats(const M& map, const float* s) {
     if (!map.live) return;
 #pragma unroll
     for (int u = 0; u < M::UNITS; ++u) stats[u].load(s, map.batch, map.channel() + u * M::U, M::C);
+  }
+  JN_DEV void load_vectors(const M& map, const char* weight, const char* bias) {
+    if (!map.live) return;
     load_channels<W, V>(weight, map.channel(), 1.f, w);
     if constexpr (SILU) load_channels<B, V>(bias, map.channel(), 0.f, b);
   }
@@ -66,10 +73,14 @@ JN_DEV void add_products(const M& map, const Step<M, X>& xs, const Step<M, DY>& 
   }
 }
 
-// The sums of a block's threads to those of its channels and groups. Memory: 2 * Q * TILE + 2 * TILE + 2 * GROUPS
-// floats, no barrier before nor behind.
+// The sums of a block's threads to those of its channels, in partials, and of its groups, times the weight: the result,
+// [2, GROUPS]. Memory: ChannelSums::floats, no barrier before, one behind.
+template <class M> struct ChannelSums {
+  static constexpr int floats = 2 * M::Q * M::TILE + 2 * M::TILE + 2 * M::GROUPS;
+};
 template <class M, class W>
-JN_DEV void save_sums(const M& map, const float (&sums)[2][M::V], float* memory, const char* weight, SumsOut out) {
+JN_DEV const float* group_sums(const M& map, const float (&sums)[2][M::V], float* memory, const char* weight,
+                               float* partials) {
   constexpr int V = M::V, Q = M::Q, TILE = M::TILE;
   float* totals = memory + 2 * Q * TILE;
   if (map.q < u32(Q)) {
@@ -85,20 +96,17 @@ JN_DEV void save_sums(const M& map, const float (&sums)[2][M::V], float* memory,
     for (int q = 0; q < Q; ++q) sum += memory[(n * Q + q) * TILE + column];
     const bool there = M::C % TILE == 0 || channel < u32(M::C);
     totals[i] = there ? sum * load_channel<W>(weight, channel, 1.f) : 0.f;
-    if (there && out.partials != nullptr)
-      out.partials[(map.batch * M::PARTS + map.part) * (2 * M::C) + n * M::C + channel] = sum;
+    if (there && partials != nullptr)
+      partials[(map.batch * M::PARTS + map.part) * (2 * M::C) + n * M::C + channel] = sum;
   }
   float* groups = totals + 2 * TILE;
   segment_sums<2 * M::GROUPS, M::CG, M::THREADS>(totals, groups, map.thread,
                                                  [](u32 segment, u32 i) { return segment * M::CG + i; });
   barrier();
-  for (u32 i = map.thread; i < u32(2 * M::GROUPS); i += M::THREADS) {
-    const u32 n = i / M::GROUPS, g = map.tile * M::GROUPS + i % M::GROUPS;
-    if (g < u32(M::G)) out.shares[((map.batch * M::G + g) * 2 + n) * M::PARTS + map.part] = groups[i];
-  }
+  return groups;
 }
 
-// Channels last. Shared memory: that of save_sums.
+// Channels last. Shared memory: ChannelSums::floats.
 template <class M, class X, class DY, class W, class B, bool SILU>
 JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                            u64 batches, SumsOut out) {
@@ -121,7 +129,11 @@ JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, co
     xs = xs_ahead, gs = gs_ahead;
   }
 
-  save_sums<M, W>(map, sums, (float*)shared_memory(), weight, out);
+  const float* groups = group_sums<M, W>(map, sums, (float*)shared_memory(), weight, out.partials);
+  for (u32 i = map.thread; i < u32(2 * M::GROUPS); i += M::THREADS) {
+    const u32 n = i / M::GROUPS, g = map.tile * M::GROUPS + i % M::GROUPS;
+    if (g < u32(M::G)) out.shares[((map.batch * M::G + g) * 2 + n) * M::PARTS + map.part] = groups[i];
+  }
 }
 
 // Channels first: LANES threads sum PART chunks of one channel; a block has LINES of them (one, if LANES is more than a
@@ -282,6 +294,23 @@ JN_DEV float dx_value(float x, float g, const ChannelStats& stats, const GroupMe
   return stats.rstd * fused_multiply_add(-xh, means.along, gw - means.plain);
 }
 
+// dx of a chunk, channels last.
+template <class X, class DY, class DX, class M, class W, class B, bool SILU>
+JN_DEV Chunk<DX, M::V> chunk_dx(const Chunk<X, M::V>& x, const Chunk<DY, M::V>& dy,
+                                const ChannelConstants<M, W, B, SILU>& constants,
+                                const GroupMeans (&means)[M::UNITS]) {
+  constexpr int V = M::V;
+  float f[V], g[V];
+  widen<X, V>(x, f);
+  widen<DY, V>(dy, g);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const int u = i / M::U;
+    f[i] = dx_value<SILU>(f[i], g[i], constants.stats[u], means[u], constants.w[i], constants.b[SILU ? i : 0]);
+  }
+  return narrow<DX, V>(f);
+}
+
 // Blocks go backwards, as in group_apply; `before` of them do something else. Shared memory (channels last): 2 * GROUPS
 // floats.
 template <class M, class X, class DY, class W, class B, class DX, bool SILU, int SHARES>
@@ -317,21 +346,20 @@ JN_DEV void group_bwd_dx(const char* x, const char* dy, const char* weight, cons
 #pragma unroll
     for (int k = 0; k < M::K; ++k) {
       if (!map.has(s, k)) continue;
-      float f[V], g[V], w = 1.f, b = 0.f;
-      if constexpr (!M::LAST) {
-        w = load_channel<W>(weight, map.channel(s, k), 1.f);
-        if constexpr (SILU) b = load_channel<B>(bias, map.channel(s, k), 0.f);
-      }
-      widen<X, V>(xs.raw[k], f);
-      widen<DY, V>(gs.raw[k], g);
+      Chunk<DX, V> result;
+      if constexpr (M::LAST) {
+        result = chunk_dx<X, DY, DX>(xs.raw[k], gs.raw[k], constants, means);
+      } else {
+        const float w = load_channel<W>(weight, map.channel(s, k), 1.f);
+        const float b = SILU ? load_channel<B>(bias, map.channel(s, k), 0.f) : 0.f;
+        float f[V], g[V];
+        widen<X, V>(xs.raw[k], f);
+        widen<DY, V>(gs.raw[k], g);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        if constexpr (M::LAST) w = constants.w[i];
-        if constexpr (M::LAST && SILU) b = constants.b[SILU ? i : 0];
-        const int u = i / M::U;
-        f[i] = dx_value<SILU>(f[i], g[i], M::LAST ? constants.stats[u] : first, means[u], w, b);
+        for (int i = 0; i < V; ++i) f[i] = dx_value<SILU>(f[i], g[i], first, means[0], w, b);
+        result = narrow<DX, V>(f);
       }
-      store_bits(dx + map.at(s, k) * DX::size, narrow<DX, V>(f));
+      store_bits(dx + map.at(s, k) * DX::size, result);
     }
     xs = xs_ahead, gs = gs_ahead;
   }
