@@ -64,11 +64,15 @@ def held(s: Sizes, order: Cut, tile: int, blocks: int, registers: int | None = N
         return None
     if registers is None:
         registers = (_registers(threads, blocks) - (96 if s.problem.option("silu") else 80)) // 8
-    registers = max(0, min(registers, slots, places - slots))
+    if (slots + registers) % 2 and registers:
+        registers -= 1
+    registers = max(0, min(registers, slots - 4, places - slots))
+    if (slots + registers) % 2:
+        slots, registers = (slots, registers - 1) if registers else (slots - 1, 0)
     again = places - slots - registers
-    if again == 1:
-        registers, again = registers - 1, 2
-    return replace(h, slots=slots, registers=registers) if again <= AGAIN * places and registers >= 0 else None
+    if h.cut.part // h.cut.q % 2 or slots + registers < 4:
+        return None
+    return replace(h, slots=slots, registers=registers) if again <= AGAIN * places else None
 
 
 def place_count(h: Held) -> int:

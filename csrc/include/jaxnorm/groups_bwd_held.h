@@ -1,11 +1,108 @@
-// GroupNorm backward, channels last, in one launch by teams of blocks that hold parts of x and dy (groups_team.h), as
-// groups_held.h does for the forward.
+// GroupNorm backward, channels last, in one launch by teams of blocks that hold parts of x and dy, as groups_held.h does
+// for the forward: a phase of reads and sums, a meeting, a phase of writes.
 #pragma once
 #include "jaxnorm/groups_bwd.h"
-#include "jaxnorm/groups_team.h"
+#include "jaxnorm/groups_mail.h"
+#include "jaxnorm/l2.h"
 
 #if defined(JN_POSTS)
 namespace jaxnorm {
+
+// A chunk of x and the one of dy at the same place.
+struct Pair {
+  Bits<16> x, dy;
+};
+
+// A thread's pairs of EACH parts, two at a time. All that are held come through shared memory; the first REGISTERS of
+// them move on to registers when others take their slots. The last, AGAIN of them, are read to registers, and read again
+// when all is known. Loops are not unrolled: the compiler would have all loads at once, and no registers for what is
+// held.
+template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs {
+  using Flat = typename M::template Whole<EACH>;
+  using Slot = Stash<X, M::V, M::THREADS>;
+  static constexpr int OF_PART = M::STEPS * M::K, PAIRS = EACH * OF_PART, HELD = SLOTS + REGISTERS, DEPTH = 4;
+  static constexpr int bytes = SLOTS * 2 * Slot::footprint;
+  // places that have come when the first slot is needed again
+  static constexpr int TURN = SLOTS / 2 * 2 - DEPTH;
+  static_assert(X::size * M::V == 16 && OF_PART % 2 == 0 && HELD % 2 == 0 && DEPTH <= HELD, "two chunks of 16 bytes");
+  static_assert(HELD <= PAIRS && (REGISTERS == 0 || (TURN >= 0 && REGISTERS <= TURN + 2)), "slots before registers");
+  const Flat map;
+  const char *x, *dy;
+  unsigned char* base;
+  Pair kept[max_of(REGISTERS, 1)], two[2];
+
+  JN_DEV HeldPairs(u64 block, u32 thread, const char* xs, const char* dys, unsigned char* memory)
+      : map(block, thread), x(xs), dy(dys), base(memory) {
+#pragma unroll
+    for (int c = 0; c < DEPTH; c += 2) fetch_two(c);
+  }
+  // The pairs c and c + 1 of the first pass: take(i, pair), in order.
+  template <class Take> JN_DEV void first(int c, const Take& take) {
+    if (c < HELD) {
+      async_wait<DEPTH / 2 - 1>();
+      two[0] = slot(c), two[1] = slot(c + 1);
+      if constexpr (REGISTERS > 0) {
+        if (c == TURN) {
+#pragma unroll
+          for (int r = 0; r < REGISTERS; ++r) kept[r] = slot(r);
+        }
+      }
+      fetch_two(c + DEPTH);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      take(i, two[i]);
+      if constexpr (HELD < PAIRS)
+        if (c + 2 >= HELD && c + 2 < PAIRS && map.live_chunk())
+          two[i] = Pair{load_kept(x + place(c + 2 + i)), load_kept(dy + place(c + 2 + i))};
+    }
+  }
+  // Asks for what is written first.
+  JN_DEV void turn() {
+    if constexpr (HELD < PAIRS) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) again(i, PAIRS - 1 - i);
+    }
+  }
+  // store(map, pair, place) of all.
+  template <class Store> JN_DEV void store_all(const Store& store) {
+    if constexpr (HELD < PAIRS) {
+#pragma unroll 1
+      for (int c = PAIRS - 2; c >= HELD; c -= 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          store(map, two[i], c + 1 - i);
+          again(i, c - 1 - i);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < REGISTERS; ++r) store(map, kept[r], r);
+#pragma unroll 2
+    for (int c = REGISTERS; c < HELD; ++c) store(map, slot(c), c);
+  }
+
+ private:
+  JN_DEV u64 place(int c) const { return map.at(c, 0) * X::size; }
+  JN_DEV unsigned char* at(int c) const { return base + (c < SLOTS ? c : c - SLOTS) * (2 * Slot::footprint); }
+  JN_DEV Pair slot(int c) const {
+    return Pair{Slot::read(at(c), map.thread), Slot::read(at(c) + Slot::footprint, map.thread)};
+  }
+  // A group of copies, if only an empty one: so many are always on their way.
+  JN_DEV void fetch_two(int c) const {
+    if (c < HELD && map.live_chunk()) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Slot::fetch(at(c + i), map.thread, x + place(c + i));
+        Slot::fetch(at(c + i) + Slot::footprint, map.thread, dy + place(c + i));
+      }
+    }
+    async_commit();
+  }
+  JN_DEV void again(int i, int c) {
+    if (c >= HELD && map.live_chunk()) two[i] = Pair{load_once(x + place(c)), load_once(dy + place(c))};
+  }
+};
 
 // The means of a group from the shares of its parts, in the order of add_shares.
 template <class M> struct TeamMeans {
@@ -24,68 +121,57 @@ template <class M> struct TeamMeans {
   }
 };
 
-template <class M, class X, class DY, class W, class B, class DX, bool SILU> struct GradientStore {
-  const ChannelConstants<M, W, B, SILU>& constants;
-  const GroupMeans (&means)[M::UNITS];
-  char* dx;
-  template <class Flat> JN_DEV void operator()(const Flat& map, const Lying<2>& place, int step) const {
-    if (!map.live_chunk()) return;
-    store_once(dx + map.at(step, 0) * DX::size, chunk_dx<X, DY, DX>(place.of[0], place.of[1], constants, means));
-  }
-};
-
 // A block has EACH parts. partials as in SumsOut. Shared memory: what is held, ChannelSums, told 2 * EACH floats a
 // group, means 2.
 template <class M, class X, class DY, class W, class B, class DX, bool SILU, int EACH, int SLOTS, int REGISTERS>
 JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                            u64 batches, char* dx, float* partials, char* words) {
-  using Held = HeldParts<M, X, EACH, 1, SLOTS, REGISTERS, 2>;
-  using Flat = typename Held::Flat;
-  using Letters = Mail<M, EACH, TeamMeans<M>>;
+  using Held = HeldPairs<M, X, EACH, SLOTS, REGISTERS>;
+  using One = typename M::template Whole<1>;  // a chunk to a step
   static_assert(M::LAST && M::WHOLE && M::C % M::TILE == 0, "whole parts, steps and tiles");
   static_assert(X::size == 2 && DY::size == 2 && DX::size == 2, "16 bits");
-  constexpr int steps = M::STEPS * M::K;
-  using One = typename M::template Whole<1>;  // a chunk to a step
   const u64 block = linear_block();
   let_next_launch_begin();
-  if (block >= Flat::blocks(batches)) return;
+  if (block >= Held::Flat::blocks(batches)) return;
   const u32 thread = thread_id();
-  const Waves<Flat, 1> flat(block, 0, thread);
-  Held held(flat.maps, {x, dy}, shared_memory());
+  Held held(block, thread, x, dy, shared_memory());
   float* memory = (float*)(shared_memory() + Held::bytes);
   float *told = memory + ChannelSums<M>::floats, *together = told + 2 * EACH * M::GROUPS;
   ChannelConstants<One, W, B, SILU> constants;
   constants.load_stats(One(block * EACH, thread), stats);
   if constexpr (SILU) constants.load_vectors(One(block * EACH, thread), weight, bias);
 
-#pragma unroll
+#pragma unroll 1
   for (int n = 0; n < EACH; ++n) {
     const One map(block * EACH + n, thread);
     float sums[2][M::V] = {};
-#pragma unroll
-    for (int s = 0; s < steps; ++s) {
-      const Lying<2> place = held.first(n * steps + s);
-      Step<One, X> xs;
-      Step<One, DY> gs;
-      xs.raw[0] = place.of[0], gs.raw[0] = place.of[1];
-      add_products(map, xs, gs, s, constants, sums);
+#pragma unroll 1
+    for (int s = 0; s < Held::OF_PART; s += 2) {
+      held.first(n * Held::OF_PART + s, [&](int i, const Pair& pair) {
+        Step<One, X> xs;
+        Step<One, DY> gs;
+        xs.raw[0] = pair.x, gs.raw[0] = pair.dy;
+        add_products(map, xs, gs, s + i, constants, sums);
+      });
     }
     const float* groups = group_sums<One, W>(map, sums, memory, weight, partials);
     for (u32 i = thread; i < u32(2 * M::GROUPS); i += M::THREADS)
       told[2 * (i % M::GROUPS * EACH + n) + i / M::GROUPS] = groups[i];
   }
   barrier();
-  const Letters letters(words, block);
+  const Mail<M, EACH, TeamMeans<M>> letters(words, block);
   letters.send(told, thread);
   held.turn();
-  const One map(block * EACH, thread);
-  if constexpr (!SILU) constants.load_vectors(map, weight, bias);
+  if constexpr (!SILU) constants.load_vectors(One(block * EACH, thread), weight, bias);
   float found[M::UNITS][2];
   letters.receive(M(block * EACH, thread), TeamMeans<M>{}, together, found);
   GroupMeans means[M::UNITS];
 #pragma unroll
   for (int u = 0; u < M::UNITS; ++u) means[u] = GroupMeans{found[u][0], found[u][1]};
-  held.store_wave(GradientStore<One, X, DY, W, B, DX, SILU>{constants, means, dx}, 0);
+  held.store_all([&](const typename Held::Flat& map, const Pair& pair, int place) {
+    if (map.live_chunk())
+      store_once(dx + map.at(place, 0) * DX::size, chunk_dx<X, DY, DX>(pair.x, pair.dy, constants, means));
+  });
 }
 
 }  // namespace jaxnorm
