@@ -38,7 +38,7 @@ def plan(case, way):
     p = case.problem(STAGE, TARGET)
     s = groupnorm_hip._check(p)
     cut = replace(way.cut, min_blocks=1)
-    return p, held.launches(s, way, groupnorm_hip._backward_launches(s, cut, cut), groupnorm_hip._groups_cluster_bwd.add(s, s.batch * groupnorm_hip.part_count(s, cut)) if groupnorm_hip.has_vectors(s) else None)
+    return p, held.launches(s, way, groupnorm_hip._backward_launches(s, cut, cut))
 
 
 @pytest.fixture(scope="module")

@@ -136,14 +136,15 @@ JN_ENTRY JN_CLUSTER_OF(JN_CLUSTER) JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
 #endif
 
 #if defined(JN_ENTRY_groupnorm_bwd_held)
-// dx and partials [batch * PARTS, 2, C] (or null), by teams of blocks that run at the same time, each with JN_EACH
-// parts; words: group_bwd_held's, 16 bytes
+// dx, dweight and dbias [C] from x, dy and the saved stats, by teams of blocks that run at the same time, each with
+// JN_EACH parts; words: group_bwd_held's, 16 bytes
 JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
     groupnorm_bwd_held(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
-                       unsigned long long batches, char* dx, float* partials, char* words) {
+                       unsigned long long batches, char* dx, char* dweight, char* dbias, char* words) {
   using namespace jaxnorm;
-  group_bwd_held<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_EACH, JN_SLOTS, JN_REGISTERS>(
-      x, dy, weight, bias, stats, batches, dx, JN_HAS_PARTIALS ? partials : nullptr, words);
+  using Gradients = VectorGradients<JN_C, 1, JN_DWEIGHT, JN_DBIAS>;
+  group_bwd_held<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_HAS_PARTIALS, JN_EACH, JN_SLOTS,
+                 JN_REGISTERS>(x, dy, weight, bias, stats, batches, dx, Gradients{dweight, dbias}, words);
 }
 #endif
 

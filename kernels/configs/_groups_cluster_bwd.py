@@ -100,17 +100,17 @@ def launches(s: Sizes, h: Held, examples: int) -> tuple[Launch, ...]:
         shared=shared_bytes(s, h, examples),
         temps=(("partials", (s.batch, 2, s.channels), "float32"),) if partials else (),
     )
-    return (held, add(s, s.batch)) if partials else (held,)
+    return (held, _add(s)) if partials else (held,)
 
 
 def _types(s: Sizes, *names: str) -> tuple[tuple[str, object], ...]:
     return tuple((f"JN_{n.upper()}", _type(s.problem, n)) for n in names)
 
 
-def add(s: Sizes, programs: int) -> Launch:
-    """dweight and dbias from so many partials."""
+def _add(s: Sizes) -> Launch:
+    """dweight and dbias from a partial of each example."""
     n, v = 2 * s.channels, largest_power_of_2_in(s.channels, 4)
-    slices = min(32, next_power_of_2(programs))
+    slices = min(32, next_power_of_2(s.batch))
     columns = max(8, 128 // slices)
     return Launch(
         kernel=f"{SOURCE}:groupnorm_bwd_add",
@@ -126,7 +126,7 @@ def add(s: Sizes, programs: int) -> Launch:
             ("JN_COLUMNS", columns),
             ("JN_SLICES", slices),
         ),
-        scalars=(("programs", "i32", programs),),
+        scalars=(("programs", "i32", s.batch),),
         threads=columns * slices,
         shared=max(1, slices // 2) * columns * v * 4,
         overlaps=True,

@@ -88,27 +88,27 @@ def shared_bytes(s: Sizes, h: Held) -> int:
 
 
 def word_count(s: Sizes, h: Held) -> int:
-    """Mail::WORDS of all teams"""
+    """Mail::WORDS of all teams, and those of ChannelMail."""
     groups, parts = h.cut.tile // s.group, part_count(s, h.cut)
     blocks, every = parts // h.each, groups * parts
-    return team_count(s, h.cut) * (blocks * every if every <= 512 else every + blocks * groups)
+    means = team_count(s, h.cut) * (blocks * every if every <= 512 else every + blocks * groups)
+    return means + (s.channels * s.batch * parts if has_vectors(s) else 0)
 
 
-def launches(s: Sizes, h: Held, apart: tuple[Launch, ...], add: Launch | None = None) -> tuple[Launch, ...]:
+def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]:
     """``apart``: what stands in."""
     p, (shape, threads) = s.problem, map_macros(s, h.cut)
-    parts = part_count(s, h.cut)
-    blocks = team_count(s, h.cut) * (parts // h.each)
+    blocks = team_count(s, h.cut) * (part_count(s, h.cut) // h.each)
     held = Launch(
         kernel=f"{SOURCE}:groupnorm_bwd_held",
         inputs=("x", "dy", "weight", "bias", "stats"),
-        outputs=("dx", "partials", "words"),
+        outputs=("dx", "dweight", "dbias", "words"),
         grid=_grid(blocks),
         constants=(
             *shape,
             *vector_types(s),
             ("JN_DY", _type(p, "dy")),
-            ("JN_DX", _type(p, "dx")),
+            *((f"JN_{n.upper()}", _type(p, n)) for n in ("dx", "dweight", "dbias")),
             ("JN_HAS_PARTIALS", has_vectors(s)),
             ("JN_EACH", h.each),
             ("JN_SLOTS", h.slots),
@@ -117,11 +117,7 @@ def launches(s: Sizes, h: Held, apart: tuple[Launch, ...], add: Launch | None = 
         scalars=(("batches", "i64", s.batch),),
         threads=threads,
         shared=shared_bytes(s, h),
-        temps=(
-            *((("partials", (s.batch * parts, 2, s.channels), "float32"),) if has_vectors(s) else ()),
-            ("words", (word_count(s, h), 4), "int32"),
-        ),
+        temps=(("words", (word_count(s, h), 4), "int32"),),
         meeting=blocks,
     )
-    others = tuple(replace(each, meeting=-blocks, overlaps=False) for each in apart)
-    return (held, *others, add) if add else (held, *others)
+    return held, *(replace(each, meeting=-blocks, overlaps=False) for each in apart)

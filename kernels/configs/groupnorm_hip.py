@@ -69,8 +69,7 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     sums, dx = _backward(s)
     apart = _backward_launches(s, sums, dx)
     if isinstance(sums, Cut) and (h := _groups_held_bwd.choose(s, sums)):
-        add = _groups_cluster_bwd.add(s, s.batch * part_count(s, sums)) if has_vectors(s) else None
-        return _groups_held_bwd.launches(s, h, apart, add)
+        return _groups_held_bwd.launches(s, h, apart)
     return apart
 
 

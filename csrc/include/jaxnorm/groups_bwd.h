@@ -73,14 +73,14 @@ JN_DEV void add_products(const M& map, const Step<M, X>& xs, const Step<M, DY>& 
   }
 }
 
-// The sums of a block's threads to those of its channels, in partials, and of its groups, times the weight: the result,
-// [2, GROUPS]. Memory: ChannelSums::floats, no barrier before, one behind.
+// The sums of a block's threads to those of its channels, save(n, column of the tile, sum), and of its groups, times
+// the weight: the result, [2, GROUPS]. Memory: ChannelSums::floats, no barrier before, one behind.
 template <class M> struct ChannelSums {
   static constexpr int floats = 2 * M::Q * M::TILE + 2 * M::TILE + 2 * M::GROUPS;
 };
-template <class M, class W>
+template <class M, class W, class Save>
 JN_DEV const float* group_sums(const M& map, const float (&sums)[2][M::V], float* memory, const char* weight,
-                               float* partials) {
+                               const Save& save) {
   constexpr int V = M::V, Q = M::Q, TILE = M::TILE;
   float* totals = memory + 2 * Q * TILE;
   if (map.q < u32(Q)) {
@@ -96,8 +96,7 @@ JN_DEV const float* group_sums(const M& map, const float (&sums)[2][M::V], float
     for (int q = 0; q < Q; ++q) sum += memory[(n * Q + q) * TILE + column];
     const bool there = M::C % TILE == 0 || channel < u32(M::C);
     totals[i] = there ? sum * load_channel<W>(weight, channel, 1.f) : 0.f;
-    if (there && partials != nullptr)
-      partials[(map.batch * M::PARTS + map.part) * (2 * M::C) + n * M::C + channel] = sum;
+    if (there) save(n, column, sum);
   }
   float* groups = totals + 2 * TILE;
   segment_sums<2 * M::GROUPS, M::CG, M::THREADS>(totals, groups, map.thread,
@@ -129,7 +128,10 @@ JN_DEV void group_bwd_sums(const char* x, const char* dy, const char* weight, co
     xs = xs_ahead, gs = gs_ahead;
   }
 
-  const float* groups = group_sums<M, W>(map, sums, (float*)shared_memory(), weight, out.partials);
+  float* partials = out.partials + (map.batch * M::PARTS + map.part) * (2 * M::C) + map.tile * M::TILE;
+  const float* groups = group_sums<M, W>(map, sums, (float*)shared_memory(), weight, [&](u32 n, u32 column, float sum) {
+    if (out.partials != nullptr) partials[n * M::C + column] = sum;
+  });
   for (u32 i = map.thread; i < u32(2 * M::GROUPS); i += M::THREADS) {
     const u32 n = i / M::GROUPS, g = map.tile * M::GROUPS + i % M::GROUPS;
     if (g < u32(M::G)) out.shares[((map.batch * M::G + g) * 2 + n) * M::PARTS + map.part] = groups[i];
@@ -297,8 +299,7 @@ JN_DEV float dx_value(float x, float g, const ChannelStats& stats, const GroupMe
 // dx of a chunk, channels last.
 template <class X, class DY, class DX, class M, class W, class B, bool SILU>
 JN_DEV Chunk<DX, M::V> chunk_dx(const Chunk<X, M::V>& x, const Chunk<DY, M::V>& dy,
-                                const ChannelConstants<M, W, B, SILU>& constants,
-                                const GroupMeans (&means)[M::UNITS]) {
+                                const ChannelConstants<M, W, B, SILU>& constants, const GroupMeans (&means)[M::UNITS]) {
   constexpr int V = M::V;
   float f[V], g[V];
   widen<X, V>(x, f);

@@ -1,5 +1,5 @@
-// GroupNorm backward, channels last, in one launch by teams of blocks that hold parts of x and dy, as groups_held.h does
-// for the forward: a phase of reads and sums, a meeting, a phase of writes.
+// GroupNorm backward, channels last, in one launch by teams of blocks that hold parts of x and dy, as groups_held.h
+// does for the forward: a phase of reads and sums, a meeting, a phase of writes.
 #pragma once
 #include "jaxnorm/groups_bwd.h"
 #include "jaxnorm/groups_mail.h"
@@ -14,9 +14,9 @@ struct Pair {
 };
 
 // A thread's pairs of EACH parts, two at a time. All that are held come through shared memory; the first REGISTERS of
-// them move on to registers when others take their slots. The last, AGAIN of them, are read to registers, and read again
-// when all is known. Loops are not unrolled: the compiler would have all loads at once, and no registers for what is
-// held.
+// them move on to registers when others take their slots. The last, AGAIN of them, are read to registers, and read
+// again when all is known. Loops are not unrolled: the compiler would have all loads at once, and no registers for what
+// is held.
 template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs {
   using Flat = typename M::template Whole<EACH>;
   using Slot = Stash<X, M::V, M::THREADS>;
@@ -121,25 +121,76 @@ template <class M> struct TeamMeans {
   }
 };
 
-// A block has EACH parts. partials as in SumsOut. Shared memory: what is held, ChannelSums, told 2 * EACH floats a
-// group, means 2.
-template <class M, class X, class DY, class W, class B, class DX, bool SILU, int EACH, int SLOTS, int REGISTERS>
+// The sums of channels over all parts of all examples, as words [tile, column, example * PARTS + part], each column by
+// one of the blocks that have its tile, in the order of add_partials with a wave of slices.
+template <class M, int EACH> struct ChannelMail {
+  static constexpr int BLOCKS = M::PARTS / EACH, SLICES = 32, AT_ONCE = 4;
+  static_assert(kWave == SLICES, "a lane for each slice");
+  char* words;  // of the tile
+  u32 rows, first, apart;
+
+  // block: EACH parts of an example's tile
+  JN_DEV ChannelMail(char* all, u64 block, u64 batches) : rows(u32(batches * M::PARTS)), apart(u32(batches * BLOCKS)) {
+    const u64 team = block / BLOCKS;
+    words = all + 16 * (team % M::TILES * M::TILE * u64(rows));
+    first = u32(team / M::TILES * BLOCKS + block % BLOCKS);
+  }
+  // sums [2, Q, TILE] of a part, of which the first of Q
+  JN_DEV void send(const M& map, const float* sums) const {
+    for (u32 c = map.thread; c < u32(M::TILE); c += M::THREADS)
+      post(word(c, u32(map.batch * M::PARTS + map.part)), sums[c], sums[M::Q * M::TILE + c]);
+  }
+  template <class Gradients> JN_DEV void add(const M& map, const Gradients& gradients) const {
+    const u32 lane = map.thread % SLICES;
+    for (u32 c = map.thread / SLICES * apart + first; c < u32(M::TILE); c += M::THREADS / SLICES * apart) {
+      float sum[2] = {};
+#pragma unroll 1
+      for (u32 row = lane; row < rows; row += AT_ONCE * SLICES) {
+        char* from[AT_ONCE];
+        bool mine[AT_ONCE];
+        float along[AT_ONCE], plain[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) from[i] = word(c, row + i * SLICES), mine[i] = row + i * SLICES < rows;
+        take_posted(from, mine, along, plain);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+          if (mine[i]) sum[0] += along[i], sum[1] += plain[i];
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float one[1] = {lanes_sum<SLICES / 2>(sum[n])};
+        if (lane == 0) gradients(n * M::C + map.tile * M::TILE + c, one);
+      }
+    }
+  }
+
+ private:
+  JN_DEV char* word(u32 column, u32 row) const { return words + 16 * (u64(column) * rows + row); }
+};
+
+// A block has EACH parts. VECTORS: somebody wants the gradients of weight or bias. words: of Mail, of ChannelMail.
+// Shared memory: what is held, ChannelSums, told 2 * EACH floats a group, means 2.
+template <class M, class X, class DY, class W, class B, class DX, bool SILU, bool VECTORS, int EACH, int SLOTS,
+          int REGISTERS, class Gradients>
 JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
-                           u64 batches, char* dx, float* partials, char* words) {
+                           u64 batches, char* dx, const Gradients& gradients, char* words) {
   using Held = HeldPairs<M, X, EACH, SLOTS, REGISTERS>;
   using One = typename M::template Whole<1>;  // a chunk to a step
+  using Letters = Mail<M, EACH, TeamMeans<M>>;
   static_assert(M::LAST && M::WHOLE && M::C % M::TILE == 0, "whole parts, steps and tiles");
   static_assert(X::size == 2 && DY::size == 2 && DX::size == 2, "16 bits");
   const u64 block = linear_block();
-  let_next_launch_begin();
   if (block >= Held::Flat::blocks(batches)) return;
   const u32 thread = thread_id();
   Held held(block, thread, x, dy, shared_memory());
   float* memory = (float*)(shared_memory() + Held::bytes);
   float *told = memory + ChannelSums<M>::floats, *together = told + 2 * EACH * M::GROUPS;
+  const Letters letters(words, block);
+  const ChannelMail<One, EACH> channels(words + batches * M::TILES * (16ull * Letters::WORDS), block, batches);
   ChannelConstants<One, W, B, SILU> constants;
-  constants.load_stats(One(block * EACH, thread), stats);
-  if constexpr (SILU) constants.load_vectors(One(block * EACH, thread), weight, bias);
+  const One start(block * EACH, thread);
+  constants.load_stats(start, stats);
+  if constexpr (SILU) constants.load_vectors(start, weight, bias);
 
 #pragma unroll 1
   for (int n = 0; n < EACH; ++n) {
@@ -154,15 +205,18 @@ JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, co
         add_products(map, xs, gs, s + i, constants, sums);
       });
     }
-    const float* groups = group_sums<One, W>(map, sums, memory, weight, partials);
+    if (VECTORS && n > 0) barrier();  // others may still read the sums before
+    // whoever has read a column leaves its sum in place of the first of it
+    const float* groups = group_sums<One, W>(
+        map, sums, memory, weight, [&](u32 k, u32 column, float sum) { memory[k * M::Q * M::TILE + column] = sum; });
+    if constexpr (VECTORS) channels.send(map, memory);
     for (u32 i = thread; i < u32(2 * M::GROUPS); i += M::THREADS)
       told[2 * (i % M::GROUPS * EACH + n) + i / M::GROUPS] = groups[i];
   }
   barrier();
-  const Mail<M, EACH, TeamMeans<M>> letters(words, block);
   letters.send(told, thread);
   held.turn();
-  if constexpr (!SILU) constants.load_vectors(One(block * EACH, thread), weight, bias);
+  if constexpr (!SILU) constants.load_vectors(start, weight, bias);
   float found[M::UNITS][2];
   letters.receive(M(block * EACH, thread), TeamMeans<M>{}, together, found);
   GroupMeans means[M::UNITS];
@@ -172,6 +226,7 @@ JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, co
     if (map.live_chunk())
       store_once(dx + map.at(place, 0) * DX::size, chunk_dx<X, DY, DX>(pair.x, pair.dy, constants, means));
   });
+  if constexpr (VECTORS) channels.add(start, gradients);
 }
 
 }  // namespace jaxnorm

@@ -1,8 +1,8 @@
 // GroupNorm in one launch where the chip holds the image but a cluster of blocks does not hold its part of it: teams of
 // blocks anywhere on the device, each with EACH parts of a tile, one after the other. A block reads its parts once,
 // keeps of them what shared memory and registers have room for, and tells the others of its team what it found
-// (groups_mail.h). What there is no room for is fetched again, last first, and the cache is asked to keep that and nothing
-// else.
+// (groups_mail.h). What there is no room for is fetched again, last first, and the cache is asked to keep that and
+// nothing else.
 //
 // A phase of reads, a meeting, a phase of writes: parts in flight between the two cost nothing here, where the blocks
 // of several images in turn would wait behind one another's loads.
