@@ -25,6 +25,8 @@ class Held:
     each: int
     slots: int
     registers: int
+    at_once: int = 2
+    depth: int = 4
 
 
 def choose(s: Sizes, order: Cut) -> Held | None:
@@ -48,30 +50,26 @@ def tiles(s: Sizes, order: Cut) -> Iterator[tuple[int, int]]:
             yield tile, 512 // threads
 
 
-def held(s: Sizes, order: Cut, tile: int, blocks: int, registers: int | None = None) -> Held | None:
-    cut = replace(order, tile=tile, min_blocks=blocks)
+def held(s: Sizes, order: Cut, tile: int, blocks: int, registers: int | None = None, at_once: int = 2) -> Held | None:
+    cut = replace(order, k=1, tile=tile, min_blocks=blocks)
     threads = map_macros(s, cut)[1]
     parts, teams = part_count(s, cut), team_count(s, cut)
     room = blocks * compute_units(s.problem.target)
     each = next((n for n in range(1, parts + 1) if parts % n == 0 and teams * (parts // n) <= room), 0)
     if not each or each == parts or teams * (parts // each) < BUSY * room:
         return None
-    h = Held(cut, each, 0, 0)
+    h = Held(cut, each, 0, 0, at_once, 2 * at_once)
     places = place_count(h)
     free = (shared_memory(s.problem.target) + RESERVED) // blocks - RESERVED - shared_bytes(s, h)
     slots = min(places, free // (32 * threads))
-    if slots < 1:
+    if cut.part // cut.q % at_once or slots < 2 * h.depth:
         return None
     if registers is None:
-        registers = (_registers(threads, blocks) - (96 if s.problem.option("silu") else 80)) // 8
-    if (slots + registers) % 2 and registers:
-        registers -= 1
-    registers = max(0, min(registers, slots - 4, places - slots))
-    if (slots + registers) % 2:
-        slots, registers = (slots, registers - 1) if registers else (slots - 1, 0)
+        registers = (_registers(threads, blocks) - (80 if s.problem.option("silu") else 62)) // 8
+    registers = max(0, min(registers, places - slots, slots - h.depth))
+    spare = (slots + registers) % at_once
+    slots, registers = (slots, registers - spare) if registers >= spare else (slots - spare + registers, 0)
     again = places - slots - registers
-    if h.cut.part // h.cut.q % 2 or slots + registers < 4:
-        return None
     return replace(h, slots=slots, registers=registers) if again <= AGAIN * places else None
 
 
@@ -113,6 +111,8 @@ def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]
             ("JN_EACH", h.each),
             ("JN_SLOTS", h.slots),
             ("JN_REGISTERS", h.registers),
+            ("JN_AT_ONCE", h.at_once),
+            ("JN_DEPTH", h.depth),
         ),
         scalars=(("batches", "i64", s.batch),),
         threads=threads,

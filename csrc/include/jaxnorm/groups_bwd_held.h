@@ -13,66 +13,70 @@ struct Pair {
   Bits<16> x, dy;
 };
 
-// A thread's pairs of EACH parts, two at a time. All that are held come through shared memory; the first REGISTERS of
-// them move on to registers when others take their slots. The last, AGAIN of them, are read to registers, and read
-// again when all is known. Loops are not unrolled: the compiler would have all loads at once, and no registers for what
-// is held.
-template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs {
+// A thread's pairs of EACH parts, AT_ONCE at a time. All that are held come through shared memory, DEPTH on their way;
+// the first REGISTERS of them move on to registers when others take their slots. The last are read to registers, and
+// read again when all is known. Loops are not unrolled: the compiler would have all loads at once, and no registers for
+// what is held.
+template <class M, class X, int EACH, int SLOTS, int REGISTERS, int AT_ONCE, int DEPTH> struct HeldPairs {
   using Flat = typename M::template Whole<EACH>;
   using Slot = Stash<X, M::V, M::THREADS>;
-  static constexpr int OF_PART = M::STEPS * M::K, PAIRS = EACH * OF_PART, HELD = SLOTS + REGISTERS, DEPTH = 4;
+  static constexpr int OF_PART = M::STEPS * M::K, PAIRS = EACH * OF_PART, HELD = SLOTS + REGISTERS;
   static constexpr int bytes = SLOTS * 2 * Slot::footprint;
-  // places that have come when the first slot is needed again
-  static constexpr int TURN = SLOTS / 2 * 2 - DEPTH;
-  static_assert(X::size * M::V == 16 && OF_PART % 2 == 0 && HELD % 2 == 0 && DEPTH <= HELD, "two chunks of 16 bytes");
-  static_assert(HELD <= PAIRS && (REGISTERS == 0 || (TURN >= 0 && REGISTERS <= TURN + 2)), "slots before registers");
+  // where the first slots are needed again
+  static constexpr int TURN = SLOTS / AT_ONCE * AT_ONCE - DEPTH;
+  static_assert(X::size * M::V == 16 && OF_PART % AT_ONCE == 0 && HELD % AT_ONCE == 0 && HELD <= PAIRS, "whole turns");
+  static_assert(DEPTH % AT_ONCE == 0 && DEPTH <= HELD, "on their way");
+  static_assert(REGISTERS == 0 || (TURN >= 0 && REGISTERS <= TURN + AT_ONCE), "what moves has come");
   const Flat map;
   const char *x, *dy;
   unsigned char* base;
-  Pair kept[max_of(REGISTERS, 1)], two[2];
+  Pair kept[max_of(REGISTERS, 1)], now[AT_ONCE];
 
   JN_DEV HeldPairs(u64 block, u32 thread, const char* xs, const char* dys, unsigned char* memory)
       : map(block, thread), x(xs), dy(dys), base(memory) {
 #pragma unroll
-    for (int c = 0; c < DEPTH; c += 2) fetch_two(c);
+    for (int c = 0; c < DEPTH; c += AT_ONCE) fetch(c);
   }
-  // The pairs c and c + 1 of the first pass: take(i, pair), in order.
+  // The pairs c to c + AT_ONCE - 1 of the first pass, in order: take(i, pair).
   template <class Take> JN_DEV void first(int c, const Take& take) {
     if (c < HELD) {
-      async_wait<DEPTH / 2 - 1>();
-      two[0] = slot(c), two[1] = slot(c + 1);
+      async_wait<DEPTH / AT_ONCE - 1>();
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) now[i] = slot(c + i);
       if constexpr (REGISTERS > 0) {
         if (c == TURN) {
 #pragma unroll
           for (int r = 0; r < REGISTERS; ++r) kept[r] = slot(r);
         }
       }
-      fetch_two(c + DEPTH);
+      fetch(c + DEPTH);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      take(i, two[i]);
-      if constexpr (HELD < PAIRS)
-        if (c + 2 >= HELD && c + 2 < PAIRS && map.live_chunk())
-          two[i] = Pair{load_kept(x + place(c + 2 + i)), load_kept(dy + place(c + 2 + i))};
+    for (int i = 0; i < AT_ONCE; ++i) {
+      take(i, now[i]);
+      if constexpr (HELD < PAIRS) {
+        const int next = c + AT_ONCE + i;
+        if (next >= HELD && next < PAIRS && map.live_chunk())
+          now[i] = Pair{load_kept(x + place(next)), load_kept(dy + place(next))};
+      }
     }
   }
   // Asks for what is written first.
   JN_DEV void turn() {
     if constexpr (HELD < PAIRS) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) again(i, PAIRS - 1 - i);
+      for (int i = 0; i < AT_ONCE; ++i) again(i, PAIRS - 1 - i);
     }
   }
   // store(map, pair, place) of all.
   template <class Store> JN_DEV void store_all(const Store& store) {
     if constexpr (HELD < PAIRS) {
 #pragma unroll 1
-      for (int c = PAIRS - 2; c >= HELD; c -= 2) {
+      for (int c = PAIRS - 1; c >= HELD; c -= AT_ONCE) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          store(map, two[i], c + 1 - i);
-          again(i, c - 1 - i);
+        for (int i = 0; i < AT_ONCE; ++i) {
+          store(map, now[i], c - i);
+          again(i, c - i - AT_ONCE);
         }
       }
     }
@@ -89,10 +93,10 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs
     return Pair{Slot::read(at(c), map.thread), Slot::read(at(c) + Slot::footprint, map.thread)};
   }
   // A group of copies, if only an empty one: so many are always on their way.
-  JN_DEV void fetch_two(int c) const {
+  JN_DEV void fetch(int c) const {
     if (c < HELD && map.live_chunk()) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < AT_ONCE; ++i) {
         Slot::fetch(at(c + i), map.thread, x + place(c + i));
         Slot::fetch(at(c + i) + Slot::footprint, map.thread, dy + place(c + i));
       }
@@ -100,7 +104,7 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs
     async_commit();
   }
   JN_DEV void again(int i, int c) {
-    if (c >= HELD && map.live_chunk()) two[i] = Pair{load_once(x + place(c)), load_once(dy + place(c))};
+    if (c >= HELD && map.live_chunk()) now[i] = Pair{load_once(x + place(c)), load_once(dy + place(c))};
   }
 };
 
@@ -171,10 +175,10 @@ template <class M, int EACH> struct ChannelMail {
 // A block has EACH parts. VECTORS: somebody wants the gradients of weight or bias. words: of Mail, of ChannelMail.
 // Shared memory: what is held, ChannelSums, told 2 * EACH floats a group, means 2.
 template <class M, class X, class DY, class W, class B, class DX, bool SILU, bool VECTORS, int EACH, int SLOTS,
-          int REGISTERS, class Gradients>
+          int REGISTERS, int AT_ONCE, int DEPTH, class Gradients>
 JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                            u64 batches, char* dx, const Gradients& gradients, char* words) {
-  using Held = HeldPairs<M, X, EACH, SLOTS, REGISTERS>;
+  using Held = HeldPairs<M, X, EACH, SLOTS, REGISTERS, AT_ONCE, DEPTH>;
   using One = typename M::template Whole<1>;  // a chunk to a step
   using Letters = Mail<M, EACH, TeamMeans<M>>;
   static_assert(M::LAST && M::WHOLE && M::C % M::TILE == 0, "whole parts, steps and tiles");
@@ -197,7 +201,7 @@ JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, co
     const One map(block * EACH + n, thread);
     float sums[2][M::V] = {};
 #pragma unroll 1
-    for (int s = 0; s < Held::OF_PART; s += 2) {
+    for (int s = 0; s < Held::OF_PART; s += AT_ONCE) {
       held.first(n * Held::OF_PART + s, [&](int i, const Pair& pair) {
         Step<One, X> xs;
         Step<One, DY> gs;
