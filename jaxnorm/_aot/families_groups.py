@@ -100,16 +100,20 @@ def forward(c: Case) -> None:
 def held(c: Case) -> None:
     """The same by blocks that wait for one another's words, each of which they clear."""
     forward(c)
+    _expect_clear_words(c)
+
+
+def _expect_clear_words(c: Case) -> None:
     shape, kind = c.temps["words"]
     c.outputs["words"] = Output(np.zeros(shape, kind), BITWISE)
 
 
 def few_images(problem: Problem, launch: Launch) -> tuple[Problem, Launch]:
     """A launch whose blocks meet, for as many images as a block has teams of: as many teams fewer."""
-    waves = dict(launch.constants)["JN_WAVES"]
+    waves = dict(launch.constants).get("JN_WAVES", 1)
     rows = waves if problem.rows % waves == 0 else problem.rows
     share = problem.rows // rows
-    shapes = tuple((n, (rows, *s[1:]) if n in ("x", "y", "stats") else s) for n, s in problem.shapes)
+    shapes = tuple((n, (rows, *s[1:]) if n in ("x", "y", "stats", "dy", "dx") else s) for n, s in problem.shapes)
     temps = tuple((n, (s[0] // share, *s[1:]), kind) for n, s, kind in launch.temps)
     blocks = launch.meeting // share
     small = replace(launch, grid=(blocks, 1, 1), meeting=blocks, temps=temps, scalars=(("batches", "i64", rows),))
@@ -236,6 +240,12 @@ def backward_cluster(c: Case) -> None:
             c.expect(name, terms[:, i].sum((0, 1)), compare=how)
 
 
+def backward_held(c: Case) -> None:
+    """All three, by blocks that wait for one another's words."""
+    backward_cluster(c)
+    _expect_clear_words(c)
+
+
 def vectors(c: Case) -> None:
     """dweight and dbias: the sums of random parts."""
     partial = c.given("partials", c.g.standard_normal(c.shape("partials")))
@@ -255,6 +265,7 @@ KERNELS: dict[str, Kernel] = {
     **{f"groupnorm.hip:groupnorm_{n}": _planned(f, clusters=True) for n, f in (
         ("cluster", forward), ("bwd_cluster", backward_cluster), ("bwd_cluster_part", backward_cluster), ("bwd_add", vectors))},
     "groupnorm.hip:groupnorm_held": Kernel(held, shrink=few_images, clusters=True),
+    "groupnorm.hip:groupnorm_bwd_held": Kernel(backward_held, shrink=few_images, clusters=True),
     **{f"groupnorm:groupnorm_{n}": _planned(f) for n, f in (
         ("fwd", forward), ("partials", partials), ("combine", combine), ("apply", forward), ("bwd_sums", backward_sums),
         ("bwd_combine", backward_combine), ("bwd_dx", backward_dx), ("bwd_reduce", vectors))},
