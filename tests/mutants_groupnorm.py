@@ -9,7 +9,8 @@ from mutants import Mutant
 REF, API = "jaxnorm/_ref/groupnorm.py", "jaxnorm/_api/groupnorm.py"
 MAPS, FORWARD, BACKWARD = (f"csrc/include/jaxnorm/groups{part}.h" for part in ("", "_fwd", "_bwd"))
 CLUSTER, CLUSTERED = "csrc/include/jaxnorm/groups_cluster.h", "tests/test_groupnorm_cluster.py -k "
-HELD_BLOCKS, HELD = "csrc/include/jaxnorm/groups_held.h", "tests/test_groupnorm_held.py -k "
+MAIL, HELD = "csrc/include/jaxnorm/groups_mail.h", "tests/test_groupnorm_held.py -k "
+HELD_PAIRS, HELD_BACKWARD = "csrc/include/jaxnorm/groups_bwd_held.h", "tests/test_groupnorm_held_bwd.py -k "
 CLUSTER_BACKWARD, CLUSTERED_BACKWARD = (
     "csrc/include/jaxnorm/groups_bwd_cluster.h",
     "tests/test_groupnorm_cluster_bwd.py -k ",
@@ -41,8 +42,10 @@ MUTANTS = (
     Mutant("a NaN reaches its neighbour", MAPS, "exp2_fast(lesser(w * -1.44269504f, 60.f))", "exp2_fast(w * -1.44269504f)", CLUSTERED + "silu_far_out"),
     Mutant("clusters with another order of sums for few groups", "kernels/configs/groupnorm_hip.py", "return (replace(h.cut, min_blocks=1),) * 2", "return (replace(_in_parts(s), min_blocks=1),) * 2", CLUSTERED + "plan"),
     Mutant("a word is left for the next launch", "csrc/include/jaxnorm/post.h", "if (mine[i]) post_word(p[i], 0, 0);", "", HELD + "values_and_bits"),
-    Mutant("a mean for what it is off", HELD_BLOCKS, "told[2 * own + 1]);", "told[2 * own]);", HELD + "values_and_bits"),
+    Mutant("a mean for what it is off", MAIL, "told[2 * own + 1]);", "told[2 * own]);", HELD + "values_and_bits"),
     Mutant("teams with another order of sums", "kernels/configs/_groups_held.py", "replace(order, tile=max(tiles))", "replace(order, tile=max(tiles), k=order.k // 2)", HELD + "plan"),
+    Mutant("registers take a neighbour's pair", HELD_PAIRS, "kept[r] = slot(r);", "kept[r] = slot(r + 1);", HELD_BACKWARD + "values_and_bits"),
+    Mutant("dweight for dbias", HELD_PAIRS, "sums[c], sums[M::Q * M::TILE + c]", "sums[c], sums[c]", HELD_BACKWARD + "values_and_bits"),
     Mutant("weight twice in the shares", BACKWARD, "sums[n] * w;", "sums[n] * w * w;", SIMT + "test_backward"),
     Mutant("bias ignored in the slope", BACKWARD, "silu_slope(fused_multiply_add(xh, w, b))", "silu_slope(xh * w)", SIMT + "test_backward"),
     Mutant("Triton: count of the last part", KERNELS, "n = tl.where(mask, tl.minimum(S - p * PART, PART), 0).to(tl.float32)", "n = tl.where(mask, PART, 0).to(tl.float32)", TRITON + "test_forward"),

@@ -1,5 +1,5 @@
-"""GroupNorm backward held by teams of blocks all over the device (groups_bwd_held.h) on the CPU: values; the same bits whoever holds
-what, and by the launches that stand in."""
+"""GroupNorm backward held by teams of blocks all over the device (groups_bwd_held.h) on the CPU: values; the same bits whoever
+holds what, and by the launches that stand in."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerances
-from cases_groupnorm import F16, F32, SD_VAE, Case
+from cases_groupnorm import F16, F32, Case
 from jaxnorm.kernels.configs import groupnorm_hip
 
 import jaxnorm
