@@ -24,7 +24,7 @@ ENTRIES = [
     ),
     (  # two groups to a chunk; some fetched again
         Case(2, (192,), 16, 4, x=F16, weight=F32, bias=None),
-        [Held(Cut(24, 1, 2, 16), 4, 10, 6), Held(Cut(24, 1, 2, 16), 2, 9, 3), Held(Cut(24, 1, 2, 16), 1, 4, 0)],
+        [Held(Cut(24, 1, 2, 16), 4, 10, 6), Held(Cut(24, 1, 2, 16), 1, 4, 0)],
     ),
     (  # an odd number of channels to a group, a word for each of its parts to one block, which tells the others
         Case(1, (288,), 72, 24, weight=None, silu=True),
@@ -43,8 +43,11 @@ def plan(case, way):
 
 @pytest.fixture(scope="module")
 def kernels() -> simt_build.Kernels:
+    """Stand-ins of the first way."""
     needs.need("gxx", not (why := simt_build.missing()), why)
-    return simt_build.Kernels((TARGET, plan(c, way)[1]) for c, ways in ENTRIES for way in ways)
+    return simt_build.Kernels(
+        (TARGET, plan(c, way)[1][: 1 if n else 3]) for c, ways in ENTRIES for n, way in enumerate(ways)
+    )
 
 
 @pytest.mark.parametrize(("case", "ways"), ENTRIES, ids=lambda v: str(v) if isinstance(v, Case) else "")
