@@ -113,6 +113,9 @@ def cuts(stage: str, case: Case, target: str) -> set:
         if kind == "apply":  # of the parts that the launch before it, or the one that it stands in for, has
             assert kept.items() <= dict(plan[0].constants).items()
             continue
+        if kind == "bwd_held":  # of the parts that those that stand in for it have; how many chunks ahead is free
+            assert all((n, v) in plan[1].constants for n, v in kept.items() if n != "JN_K")
+            continue
         # the same sums, whether one launch waits for other blocks or two follow each other
         found.add(("in parts" if kind in ("cluster", "held", "partials") else kind, *kept.items()))
     return found

@@ -144,8 +144,7 @@ JN_ENTRY JN_BOUNDS(JN_THREADS, JN_MIN_BLOCKS)
   using namespace jaxnorm;
   using Gradients = VectorGradients<JN_C, 1, JN_DWEIGHT, JN_DBIAS>;
   group_bwd_held<JN_MAP, JN_X, JN_DY, JN_WEIGHT, JN_BIAS, JN_DX, JN_SILU, JN_HAS_PARTIALS, JN_EACH, JN_SLOTS,
-                 JN_REGISTERS, JN_AT_ONCE, JN_DEPTH>(x, dy, weight, bias, stats, batches, dx, Gradients{dweight, dbias},
-                                                     words);
+                 JN_REGISTERS>(x, dy, weight, bias, stats, batches, dx, Gradients{dweight, dbias}, words);
 }
 #endif
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import Launch, compute_units, shared_memory
@@ -12,25 +11,30 @@ from ._groups import Cut, Sizes, has_vectors, map_macros, part_count, vector_typ
 from ._groups_held import BUSY, RESERVED, SOURCE, TARGETS, team_count, whole
 from ._hip import _grid, _itemsize, _registers, _type
 
-AGAIN = 0.6
-"""Of the places at most that are fetched again."""
+FEWEST = 8192
+"""Pairs of a unit at least, 256 KB: with less the way over the device is longer than what it saves."""
+AGAIN = 0.5
+"""Of the pairs at most that are fetched again."""
+AT_ONCE, DEPTH = 2, 4
+"""HeldPairs::AT_ONCE, HeldPairs::DEPTH"""
 
 
 @dataclass(frozen=True)
 class Held:
-    """``each`` parts to a block, of whose places in x and dy a thread has ``slots`` in shared memory and ``registers`` in
+    """``each`` parts to a block, of whose pairs of chunks of x and dy a thread has ``slots`` in shared memory and ``registers`` in
     registers."""
 
     cut: Cut
     each: int
     slots: int
     registers: int
-    at_once: int = 2
-    depth: int = 4
 
 
 def choose(s: Sizes, order: Cut) -> Held | None:
-    """How the images are held, or None: they are too small or too large for that, or their parts are ragged. ``order``: the cut."""
+    """How the images are held, or None: they are too small or too large for that, or their parts are ragged. ``order``: the cut.
+
+    A block to a unit that has the widest tile for its threads, 640 of 96 registers, with SiLU 512 of 128; or two blocks that wait
+    at different times, where half the tile is lines of 128 bytes."""
     p = s.problem
     images = ("x", "dy", "dx")
     if p.target not in TARGETS or not s.last or s.v != s.wide or any(_itemsize(p, n) != 2 for n in images):
@@ -38,19 +42,23 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     order = replace(order, k=1)
     if not whole(s, order) or s.space < 4096:
         return None
-    return next((h for tile, blocks in tiles(s, order) if (h := held(s, order, tile, blocks))), None)
+    most = 512 if p.option("silu") else 640
+    tiles = [t for t in range(s.narrowest, s.channels + 1, s.narrowest) if s.channels % t == 0]
+    tiles = [t for t in tiles if (n := _threads(s, order, t)) % 32 == 0 and n <= most]
+    if not tiles:
+        return None
+    tile, blocks = max(tiles), 1
+    if tile // 2 in tiles and tile % 128 == 0:  # half of its channels, two bytes each
+        tile, blocks = tile // 2, 2
+    return held(s, order, tile, blocks)
 
 
-def tiles(s: Sizes, order: Cut) -> Iterator[tuple[int, int]]:
-    """Tiles that divide the channels and blocks of them to a unit, of 512 threads at most (128 registers each)."""
-    found = [t for t in range(s.narrowest, s.channels + 1, s.narrowest) if s.channels % t == 0]
-    for tile in reversed(found):
-        threads = order.q * (tile // s.v)
-        if threads % 32 == 0 and threads <= 512:
-            yield tile, 512 // threads
+def _threads(s: Sizes, order: Cut, tile: int) -> int:
+    return order.q * (tile // s.v)
 
 
-def held(s: Sizes, order: Cut, tile: int, blocks: int, registers: int | None = None, at_once: int = 2) -> Held | None:
+def held(s: Sizes, order: Cut, tile: int, blocks: int, registers: int | None = None) -> Held | None:
+    """By so many blocks to a unit; ``registers``: other than those that a thread has to spare."""
     cut = replace(order, k=1, tile=tile, min_blocks=blocks)
     threads = map_macros(s, cut)[1]
     parts, teams = part_count(s, cut), team_count(s, cut)
@@ -58,23 +66,23 @@ def held(s: Sizes, order: Cut, tile: int, blocks: int, registers: int | None = N
     each = next((n for n in range(1, parts + 1) if parts % n == 0 and teams * (parts // n) <= room), 0)
     if not each or each == parts or teams * (parts // each) < BUSY * room:
         return None
-    h = Held(cut, each, 0, 0, at_once, 2 * at_once)
-    places = place_count(h)
+    h = Held(cut, each, 0, 0)
+    pairs = pair_count(h)
     free = (shared_memory(s.problem.target) + RESERVED) // blocks - RESERVED - shared_bytes(s, h)
-    slots = min(places, free // (32 * threads))
-    if cut.part // cut.q % at_once or slots < 2 * h.depth:
+    slots = min(pairs, free // (32 * threads))
+    if pairs * threads * blocks < FEWEST or cut.part // cut.q % AT_ONCE or slots < 2 * DEPTH:
         return None
     if registers is None:
-        registers = (_registers(threads, blocks) - (80 if s.problem.option("silu") else 62)) // 8
-    registers = max(0, min(registers, places - slots, slots - h.depth))
-    spare = (slots + registers) % at_once
-    slots, registers = (slots, registers - spare) if registers >= spare else (slots - spare + registers, 0)
-    again = places - slots - registers
-    return replace(h, slots=slots, registers=registers) if again <= AGAIN * places else None
+        registers = (_registers(threads, blocks) - (96 if s.problem.option("silu") else 64)) // 8
+    registers = max(0, min(registers, pairs - slots, slots - DEPTH))
+    spare = (slots + registers) % AT_ONCE
+    slots, registers = (slots, registers - spare) if registers >= spare else (slots - spare, registers)
+    again = pairs - slots - registers
+    return replace(h, slots=slots, registers=registers) if again <= AGAIN * pairs else None
 
 
-def place_count(h: Held) -> int:
-    """HeldParts::CHUNKS"""
+def pair_count(h: Held) -> int:
+    """HeldPairs::PAIRS"""
     return h.each * h.cut.part // h.cut.q
 
 
@@ -111,8 +119,6 @@ def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]
             ("JN_EACH", h.each),
             ("JN_SLOTS", h.slots),
             ("JN_REGISTERS", h.registers),
-            ("JN_AT_ONCE", h.at_once),
-            ("JN_DEPTH", h.depth),
         ),
         scalars=(("batches", "i64", s.batch),),
         threads=threads,

@@ -15,11 +15,12 @@ struct Pair {
 
 // A thread's pairs of EACH parts, AT_ONCE at a time. All that are held come through shared memory, DEPTH on their way;
 // the first REGISTERS of them move on to registers when others take their slots. The last are read to registers, and
-// read again when all is known. Loops are not unrolled: the compiler would have all loads at once, and no registers for
-// what is held.
-template <class M, class X, int EACH, int SLOTS, int REGISTERS, int AT_ONCE, int DEPTH> struct HeldPairs {
+// read again when all is known: the second-level cache is told to keep those, not what is held. Loops are not unrolled:
+// the compiler would have all loads at once, and no registers for what is held.
+template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs {
   using Flat = typename M::template Whole<EACH>;
   using Slot = Stash<X, M::V, M::THREADS>;
+  static constexpr int AT_ONCE = 2, DEPTH = 4;
   static constexpr int OF_PART = M::STEPS * M::K, PAIRS = EACH * OF_PART, HELD = SLOTS + REGISTERS;
   static constexpr int bytes = SLOTS * 2 * Slot::footprint;
   // where the first slots are needed again
@@ -97,8 +98,8 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS, int AT_ONCE, int
     if (c < HELD && map.live_chunk()) {
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        Slot::fetch(at(c + i), map.thread, x + place(c + i));
-        Slot::fetch(at(c + i) + Slot::footprint, map.thread, dy + place(c + i));
+        async_copy_once(at(c + i) + 16 * map.thread, x + place(c + i));
+        async_copy_once(at(c + i) + Slot::footprint + 16 * map.thread, dy + place(c + i));
       }
     }
     async_commit();
@@ -175,10 +176,10 @@ template <class M, int EACH> struct ChannelMail {
 // A block has EACH parts. VECTORS: somebody wants the gradients of weight or bias. words: of Mail, of ChannelMail.
 // Shared memory: what is held, ChannelSums, told 2 * EACH floats a group, means 2.
 template <class M, class X, class DY, class W, class B, class DX, bool SILU, bool VECTORS, int EACH, int SLOTS,
-          int REGISTERS, int AT_ONCE, int DEPTH, class Gradients>
+          int REGISTERS, class Gradients>
 JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, const char* bias, const float* stats,
                            u64 batches, char* dx, const Gradients& gradients, char* words) {
-  using Held = HeldPairs<M, X, EACH, SLOTS, REGISTERS, AT_ONCE, DEPTH>;
+  using Held = HeldPairs<M, X, EACH, SLOTS, REGISTERS>;
   using One = typename M::template Whole<1>;  // a chunk to a step
   using Letters = Mail<M, EACH, TeamMeans<M>>;
   static_assert(M::LAST && M::WHOLE && M::C % M::TILE == 0, "whole parts, steps and tiles");
@@ -201,7 +202,7 @@ JN_DEV void group_bwd_held(const char* x, const char* dy, const char* weight, co
     const One map(block * EACH + n, thread);
     float sums[2][M::V] = {};
 #pragma unroll 1
-    for (int s = 0; s < Held::OF_PART; s += AT_ONCE) {
+    for (int s = 0; s < Held::OF_PART; s += Held::AT_ONCE) {
       held.first(n * Held::OF_PART + s, [&](int i, const Pair& pair) {
         Step<One, X> xs;
         Step<One, DY> gs;
