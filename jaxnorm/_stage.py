@@ -144,5 +144,6 @@ class StageCall:
 
     def compute(self, operands: tuple[jax.Array, ...], axes: tuple[str, ...] = ()) -> tuple[jax.Array, ...]:
         """The reference, on operands with any leading dims."""
-        out = self.definition.reference(self, dict(zip(self.names, operands, strict=True)), axes)
+        with jax.numpy_rank_promotion("allow"):  # vectors broadcast over rows; a program may forbid that for itself
+            out = self.definition.reference(self, dict(zip(self.names, operands, strict=True)), axes)
         return tuple(out[name] for name, _, _ in self.results)

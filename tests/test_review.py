@@ -116,3 +116,40 @@ def test_a_backend_that_has_no_kernel_is_no_missing_backend(monkeypatch: pytest.
     with jn.use_target({"cuda": "sm_90"}):
         (choice,) = jn.explain(lambda x: jn.quantize(x, jn.QuantSpec("int8", group_size=96)), x)
     assert choice.backend == "xla" and {name for name, _ in choice.rejected} == {"hip", "triton"}
+
+
+def test_rank_promotion_may_be_forbidden() -> None:
+    """The references broadcast vectors over rows; a program that forbids that to itself does not forbid it to them."""
+    x, w = np.ones((2, 3, 8), np.float32), np.ones(8, np.float32)
+
+    def all_of_them(x: jax.Array) -> object:
+        norm = lambda x: jnp.sum(jn.add_layernorm(x, x, w, w, x_bias=w)[0])  # noqa: E731
+        quantised = jn.layernorm_quant(x, w, w, jn.QuantSpec("int8", group_size=4), smooth_scale=w)
+        heads = jn.qk_norm_rope(x[None], x[None], w, w, np.arange(2), jn.rope_table(4, 8))
+        return jax.grad(norm)(x), quantised, jn.groupnorm(x, w, w, num_groups=2, activation="silu"), heads
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.jit(all_of_them).lower(x)
+
+
+def test_a_python_float_has_no_width() -> None:
+    x = np.ones((2, 8), np.float32)
+    with jax.enable_x64(True):
+        q = jn.layernorm_quant(x, None, None, jn.QuantSpec("int8"), static_scale=0.5)
+        assert q.scale.dtype == jnp.float32
+        with pytest.raises(TypeError, match="static_scale: got dtype float64"):
+            jn.layernorm_quant(x, None, None, jn.QuantSpec("int8"), static_scale=np.float64(0.5))
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm"),
+    [
+        ("m, n", lambda x: jn.layernorm(x, None, None)),
+        ("m, n", lambda x: jn.rmsnorm_quant(x, None, jn.QuantSpec("int8"))),
+        ("b, h, 8", lambda x: jn.groupnorm(x, None, None, num_groups=2)),
+    ],
+)
+def test_symbolic_sizes_of_a_sum_are_named(shape: str, norm) -> None:
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+    with pytest.raises(ValueError, match=r"x: got shape \(.*\), expected known sizes but for the leading dims"):
+        jax.export.export(jax.jit(norm))(x)

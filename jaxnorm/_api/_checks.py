@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ def array(op: str, argument: str, value: Any) -> jax.Array:
         raise type_error(op, argument, None, "an array")
     if isinstance(value, jax.Array):  # tracers, too
         a = value
+    elif type(value) is float:  # a number has no width of its own, also under jax_enable_x64
+        a = jnp.asarray(value, jnp.float32)
     else:
         try:
             a = jnp.asarray(value)
@@ -38,6 +41,18 @@ def array(op: str, argument: str, value: Any) -> jax.Array:
 def features_last(op: str, argument: str, a: jax.Array) -> None:
     if a.ndim < 1 or a.shape[-1] < 1:
         raise value_error(op, argument, f"shape {a.shape}", "[..., N] with N >= 1")
+
+
+def known(op: str, argument: str, a: jax.Array, sizes: Sequence[Any]) -> None:
+    """The sizes that a row is summed over, which an export may not leave open."""
+    if not all(isinstance(d, int) for d in sizes):
+        raise value_error(
+            op,
+            argument,
+            f"shape {a.shape}",
+            "known sizes but for the leading dims",
+            "Export one program for each size.",
+        )
 
 
 def same_shape(op: str, argument: str, a: jax.Array, x: jax.Array) -> None:

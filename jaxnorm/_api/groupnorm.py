@@ -238,6 +238,7 @@ def groupnorm(
     x = check.array("groupnorm", "x", x)
     if x.ndim < 2:
         raise value_error("groupnorm", "x", f"shape {x.shape}", "[B, *spatial, C] or [B, C, *spatial]")
+    check.known("groupnorm", "x", x, x.shape[1:])
     last = _channels_last(x, channel_axis)
     channels, spatial = (x.shape[-1], x.shape[1:-1]) if last else (x.shape[1], x.shape[2:])
     groups = _integer("num_groups", num_groups)

@@ -167,6 +167,7 @@ def operands(op: str, x: Any, x_bias: Any, residual: Any, weight: Any, bias: Any
     """The array arguments of a LayerNorm, checked, in :data:`ORDER`; None for what is not given."""
     x = check.array(op, "x", x)
     check.features_last(op, "x", x)
+    check.known(op, "x", x, x.shape[-1:])
     if has_residual:
         residual = check.array(op, "residual", residual)
         check.same_shape(op, "residual", residual, x)

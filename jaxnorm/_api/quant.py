@@ -344,6 +344,7 @@ def _rmsnorm(
     operands: dict[str, Any] = {"x": check.array(op, "x", x)}
     x = operands["x"]
     check.features_last(op, "x", x)
+    check.known(op, "x", x, x.shape[-1:])
     if has_residual:
         operands["residual"] = check.array(op, "residual", residual)
         check.same_shape(op, "residual", operands["residual"], x)

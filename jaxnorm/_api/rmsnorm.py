@@ -200,6 +200,7 @@ def _call(
 ) -> Any:
     x = check.array(op, "x", x)
     check.features_last(op, "x", x)
+    check.known(op, "x", x, x.shape[-1:])
     if has_residual:
         residual = check.array(op, "residual", residual)
         check.same_shape(op, "residual", residual, x)

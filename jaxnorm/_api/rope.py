@@ -196,7 +196,7 @@ def rope_table(
         raise value_error(op, "base", theta, "a number above 1")
     out = check.out_dtype(op, dtype, jnp.zeros((), jnp.float32))
     inverse, factor = _scaled(op, width, theta, length, scaling)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(inverse, jnp.float32)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(inverse, jnp.float32)[None]
     return (jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1) * jnp.float32(factor)).astype(out)
 
 
