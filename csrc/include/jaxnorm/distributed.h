@@ -175,25 +175,11 @@ template <class S, class X, class W, int COPIES, bool OFFSET, bool BEFORE> struc
 
 // BYTES of a row, a multiple of 16, from memory to COPIES places; all threads of the block.
 template <int BYTES, int THREADS, int COPIES> JN_DEV void copy_row(char* const (&to)[COPIES], const char* from) {
-  constexpr int pieces = BYTES / 16, per = ceil_div(pieces, THREADS), batch = min_of(per, 8);
   static_assert(BYTES % 16 == 0, "whole pieces");
-  const u32 thread = thread_id();
-#pragma unroll 1
-  for (int first = 0; first < per; first += batch) {
-    Bits<16> bits[batch];
+  for_pieces<BYTES / 16, THREADS, 8>(from, [&](u32 piece, const Bits<16>& bits) {
 #pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      const u32 piece = (first + k) * THREADS + thread;
-      if (piece < u32(pieces)) bits[k] = load_piece<16, true>(from + u64(piece) * 16);
-    }
-#pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      const u32 piece = (first + k) * THREADS + thread;
-      if (piece >= u32(pieces)) continue;
-#pragma unroll
-      for (int d = 0; d < COPIES; ++d) store_bits(to[d] + u64(piece) * 16, bits[k]);
-    }
-  }
+    for (int d = 0; d < COPIES; ++d) store_bits(to[d] + u64(piece) * 16, bits);
+  });
 }
 template <int BYTES, int THREADS> JN_DEV void copy_row(char* to, const char* from) {
   char* const one[1] = {to};

@@ -82,10 +82,10 @@ JN_DEV PackedChunk pack_chunk(const Bits<16>& c) {  // all lanes of the group
   return p;
 }
 
-// A row of N values, from memory to its place on another device; tops: N / 256 bytes in shared memory. All threads.
-template <int N, int THREADS> JN_DEV void send_packed(char* to, u8* tops, const char* from) {
-  constexpr int pieces = N / 8, per = ceil_div(pieces, THREADS), batch = min_of(per, 4);
-  static_assert(N % kPackGroup == 0 && THREADS % 32 == 0, "whole groups");
+// put(i, piece i of 16 bytes) for the PIECES from `from` on, at most MOST of a thread on their way at once. All
+// threads.
+template <int PIECES, int THREADS, int MOST, class Put> JN_DEV void for_pieces(const char* from, Put put) {
+  constexpr int per = ceil_div(PIECES, THREADS), batch = min_of(per, MOST);
   const u32 thread = thread_id();
 #pragma unroll 1
   for (int first = 0; first < per; first += batch) {
@@ -93,20 +93,28 @@ template <int N, int THREADS> JN_DEV void send_packed(char* to, u8* tops, const 
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
       const u32 piece = (first + k) * THREADS + thread;
-      if (piece < u32(pieces)) bits[k] = load_piece<16, true>(from + u64(piece) * 16);
+      if (piece < u32(PIECES)) bits[k] = load_piece<16, true>(from + u64(piece) * 16);
     }
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
-      const u32 piece = (first + k) * THREADS + thread, lane = piece % 32;
-      if (piece >= u32(pieces)) continue;
-      const PackedChunk p = pack_chunk(bits[k]);
-      char* group = to + u64(piece / 32) * (2 * kPackGroup);
-      store_bits(group + lane * 8, Bits<8>{{p.rest[0], p.rest[1]}});
-      store_bits(group + kLowAt + lane * 4, Bits<4>{{p.low}});
-      if (p.top == kWide) store_bits(group + kHighAt + lane * 4, Bits<4>{{p.high}});
-      if (lane == 0) tops[piece / 32] = u8(p.top);
+      const u32 piece = (first + k) * THREADS + thread;
+      if (piece < u32(PIECES)) put(piece, bits[k]);
     }
   }
+}
+
+// A row of N values, from memory to its place on another device; tops: N / 256 bytes in shared memory. All threads.
+template <int N, int THREADS> JN_DEV void send_packed(char* to, u8* tops, const char* from) {
+  static_assert(N % kPackGroup == 0 && THREADS % 32 == 0, "whole groups");
+  for_pieces<N / 8, THREADS, 4>(from, [=](u32 piece, const Bits<16>& bits) {
+    const u32 lane = piece % 32;
+    const PackedChunk p = pack_chunk(bits);
+    char* group = to + u64(piece / 32) * (2 * kPackGroup);
+    store_bits(group + lane * 8, Bits<8>{{p.rest[0], p.rest[1]}});
+    store_bits(group + kLowAt + lane * 4, Bits<4>{{p.low}});
+    if (p.top == kWide) store_bits(group + kHighAt + lane * 4, Bits<4>{{p.high}});
+    if (lane == 0) tops[piece / 32] = u8(p.top);
+  });
 }
 
 // V values on their way through registers: as they are, or packed.
