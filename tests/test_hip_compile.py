@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,21 @@ def test_hardware_bf16() -> None:
         text = machine_code(launch, problem)
         assert ("v_cvt_pk_bf16_f32" in text) == (target == "gfx950")
         assert (text.count("v_pk_mul_f32") >= 16) == (target != "gfx1100"), "all of the two chunks of eight"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_kernel_compiled_again_has_the_same_bytes(
+    target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the sources in another folder, too: a table of tuned plans names the machine code that was measured."""
+    need_compiler(target)
+    problem = Case(128, rows=8, target=target).forward()
+    (launch,) = rmsnorm_hip.plan(problem)
+    build = lambda: hip._build(hip.find(target), launch, target, "rmsnorm_fwd", hip.macros(launch, target)).image  # noqa: E731
+    first = build()
+    other = shutil.copytree(hip.csrc_dir(), tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cc"))
+    monkeypatch.setattr(hip, "csrc_dir", lambda: other)
+    assert build() == first
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

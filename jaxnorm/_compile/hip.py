@@ -28,9 +28,11 @@ CLANG_VARIABLE = "JAXNORM_HIP_CLANG"
 # Contraction is spelled out in the kernels. Never fast-math: the contract fixes NaN, denormals and division.
 _NVRTC_OPTIONS = ("--std=c++17", "--fmad=false")
 _CLANG_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off")
-# No headers and no device library: the kernels use the compiler's built-ins alone.
+# No headers and no device library: the kernels use the compiler's built-ins alone. No symbol named by a hash of all paths: the
+# same kernel gives the same bytes, which tables of tuned plans ask for.
 _BARE_OPTIONS = (
-    "-x", "hip", "--cuda-device-only", "-nogpuinc", "-nogpulib", "--no-gpu-bundle-output", "-Wno-unused-command-line-argument",
+    "-x", "hip", "--cuda-device-only", "-nogpuinc", "-nogpulib", "--no-gpu-bundle-output", "-fuse-cuid=none",
+    "-Wno-unused-command-line-argument",
 )  # fmt: skip
 
 
