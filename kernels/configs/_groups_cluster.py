@@ -59,17 +59,19 @@ def _last(s: Sizes) -> Cluster | None:
     """Channels last, up to 128x128 positions, in tiles of about 80 channels.
 
     *H200*, this and two launches (or one by a block to a group): 2x16x16x1280 3.2 us and 3.6, with SiLU 3.7 and 4.0; 2x16x16x1920
-    4.8 and 6.2; 2x32x32x640 4.8 and 7.7, with SiLU 5.4 (in tiles of 80 channels 5.8) and 6.2; 2x64x64x320 7.2 and 8.0,
-    16x64x64x320 27.6 (32 threads to a column 30.0) and 39.8, 8x64x64x640 26.1 (26.6) and 42.0; 2x128x128x512 23.2 (in tiles of 64
-    channels 24.3) and 26.0, with SiLU 25.9 and 27.6; 4x128x128x320, half of it fetched again, 34.3 and 36.5, where
-    _groups_held takes less than 30. With SiLU 1x512x512x128 109.9 and 73.0, 1x256x256x512 75.0 and 61.2."""
+    4.8 and 6.2; 2x32x32x640 4.5 (5.2 in registers) and 7.7, with SiLU 5.1 (5.8) and 6.2; 2x64x64x320 6.8 and 8.0;
+    2x128x128x512 23.2 (in tiles of 64 channels 24.3) and 26.0, with SiLU 25.9 and 27.6; 4x128x128x320, half of it fetched again,
+    34.3 and 36.5, where _groups_held takes less than 28. With SiLU 1x512x512x128 109.9 and 73.0, 1x256x256x512 75.0 and 61.2.
+
+    Eight blocks or sixteen, 2x64x64x320: 6.8 us and 7.1, though they are half of the units: some parts of the chip have no sixteen
+    units left, so two clusters share others; with SiLU, whose time is that of the arithmetic, 8.7 and 8.0."""
     silu, small = bool(s.problem.option("silu")), s.space <= 256 and 1280 <= s.chunks <= 2560
     if small:
         parts, q, k, chunks, threads = 4, 16, 4, 10, 320
-    elif s.space <= 1024:  # 64 values of a thread and silu's do not fit
-        parts, q, k, chunks, threads = (8, 32, 4, 10, 640) if silu else (8, 16, 8, 10, 640)
+    elif s.space <= 1024:
+        parts, q, k, chunks, threads = (8, 32, 2, 10, 640) if silu else (8, 16, 4, 10, 640)
     elif s.space <= 4096:
-        parts, q, k, chunks, threads = (16, 32, 2, 10, 1280) if silu else (16, 16, 4, 10, 640)
+        parts, q, k, chunks, threads = (16, 32, 2, 10, 1280) if silu else (8, 32, 2, 10, 640)
     else:
         parts, q, k, chunks, threads = (16, 64, 4, 5, 768) if s.columns <= 2 else (16, 32, 4, 10, 640)
     if s.space > 4096 and s.columns > 2:
@@ -79,13 +81,12 @@ def _last(s: Sizes) -> Cluster | None:
     if silu and _slow_with_silu(s):
         return None
     part = _ceil(s.space, parts)
-    steps = _ceil(part, q * k)
-    c = Cut(part, _ceil(part, q * steps), q, _tile(s, chunks))
+    c = Cut(part, _ceil(part, q * _ceil(part, q * k)), q, _tile(s, chunks))
     if silu and not small and s.space <= 4096 and block_count(s, c) <= compute_units(s.problem.target):
         # with SiLU 2x64x64x320: 8.1 us in tiles of 40 channels, 8.7 of 80, two launches 8.5; 16x64x64x320: 35.3, 33.8, 42.4
         c, threads = replace(c, tile=_tile(s, 5)), min(threads, 960)
     c = replace(c, min_blocks=max(1, threads // map_macros(s, c)[1]))
-    return Cluster(c) if s.space <= 1024 else _ring(s, c)
+    return Cluster(c) if steps(s, c) == 1 else _ring(s, c)
 
 
 def _slow_with_silu(s: Sizes) -> bool:

@@ -48,7 +48,8 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     14.4 and 19.6 (15.4 and 21.7); 2x128x128x512 20.3 and 23.3 (23.0 and 26.1); 2x256x256x256 40.8 and 53.0 (45.0 and 55.2);
     1x512x512x128 41.4 and 56.5 (46.9 and 57.6). Channels first, whose small groups clusters take in turns without a wait for the
     whole device: 1x512x512x128 39.6 and 45.8 (44.5 and 50.6), 2x256x256x256 39.7 and 40.0 (44.5 and 43.7), 4x128x128x320 25.6 and
-    24.2. Two teams to a block: 16x64x64x320 25.9 us, 27.6 with one; with SiLU 30.5 and 29.6; 2x256x256x256 44.6 and 40.8."""
+    24.2. Two teams to a block: 16x64x64x320 25.9 us, 27.9 with one; with SiLU 30.6 and 29.5; 2x256x256x256 44.6 and 40.8;
+    4x128x128x320, where answers come by way of another block, 28.3 and 27.6."""
     p = s.problem
     if p.target not in TARGETS or s.v != s.wide or _itemsize(p, "x") != 2 or _itemsize(p, "y") != 2:
         return None
@@ -66,7 +67,7 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     found = [h for n in (THREADS, 512) if (h := held(s, order, max(1, n // threads)))]
     if found and s.last and not p.option("silu"):
         two = held(s, order, found[0].cut.min_blocks, 2)
-        if two and two.each == 1 and chunk_count(two) == two.slots + two.registers:
+        if two and two.each == 1 and chunk_count(two) == two.slots + two.registers and direct(s, two):
             return two
     return found[0] if found else None
 
@@ -140,15 +141,25 @@ def candidates(s: Sizes, order: Cut) -> Iterator[Held]:
 
 def shared_bytes(s: Sizes, h: Held) -> int:
     threads = map_macros(s, h.cut)[1]
-    groups = h.cut.tile // s.group if s.last else 1
-    return h.slots * threads * 16 + sum_bytes(s, h.cut, threads, 2) + (8 * h.each + 12 * h.waves) * groups
+    each = (8 * h.each + 12 * h.waves) * groups_of(s, h)
+    return h.slots * threads * 16 + sum_bytes(s, h.cut, threads, 2) + each
+
+
+def groups_of(s: Sizes, h: Held) -> int:
+    """Map::GROUPS"""
+    return h.cut.tile // s.group if s.last else 1
+
+
+def direct(s: Sizes, h: Held) -> bool:
+    """Mail::DIRECT: the parts' words go to every block of a team, which needs no other's answer."""
+    return groups_of(s, h) * part_count(s, h.cut) <= 512
 
 
 def word_count(s: Sizes, h: Held) -> int:
     """Mail::WORDS of all teams"""
-    groups, parts = (h.cut.tile // s.group if s.last else 1), part_count(s, h.cut)
+    groups, parts = groups_of(s, h), part_count(s, h.cut)
     blocks, every = parts // h.each, groups * parts
-    return team_count(s, h.cut) * (blocks * every if every <= 512 else every + 2 * blocks * groups)
+    return team_count(s, h.cut) * (blocks * every if direct(s, h) else every + 2 * blocks * groups)
 
 
 def launches(s: Sizes, h: Held, apart: tuple[Launch, ...]) -> tuple[Launch, ...]:

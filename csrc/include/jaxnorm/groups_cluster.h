@@ -166,7 +166,8 @@ JN_DEV void group_norm_cluster(const char* x, Store store, float eps, u64 batche
   if (thread_id() == 0) cluster_expect(found.ready, Told::bytes);
   const M map(linear_block(), thread_id());
   float pivot[1][M::UNITS] = {}, v[2][M::UNITS] = {};
-  if constexpr (!pivots_are_sampled<M, X>()) first_values<M, X>(map, x, pivot);
+  [[maybe_unused]] FirstValues<M, X> first;
+  if constexpr (!pivots_are_sampled<M, X>()) first.issue(map, x);
   Held held(map, x, shared_memory());
   store.issue(map);
 
@@ -174,6 +175,8 @@ JN_DEV void group_norm_cluster(const char* x, Store store, float eps, u64 batche
   if constexpr (pivots_are_sampled<M, X>()) {
     add_values(map, held.get(map, 0, 0), pivot);
     map.sample(pivot, first_sums);
+  } else {
+    first.get(pivot);
   }
 #pragma unroll 1
   for (int s = 0; s < M::STEPS; ++s) {

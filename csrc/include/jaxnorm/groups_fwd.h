@@ -121,18 +121,28 @@ template <class M, class X> JN_CONST bool pivots_are_sampled() {
   else
     return X::size > 2 || M::CHUNKS < 65536;
 }
-template <class M, class X> JN_DEV void first_values(const M& map, const char* x, float (&pivot)[1][M::UNITS]) {
+// Asked for, then widened where they are needed: what is asked for behind them must not wait until they are there.
+template <class M, class X> struct FirstValues {
   Chunk<X, M::U> raw[M::UNITS];
+  JN_DEV void issue(const M& map, const char* x) {
 #pragma unroll
-  for (int u = 0; u < M::UNITS; ++u) raw[u] = load_chunk<X, M::U, false>(x + map.first_of_group(u) * X::size);
-#pragma unroll
-  for (int u = 0; u < M::UNITS; ++u) {
-    float f[M::U], sum = 0.f;
-    widen<X, M::U>(raw[u], f);
-#pragma unroll
-    for (int i = 0; i < M::U; ++i) sum += f[i];
-    pivot[0][u] = sum * (1.f / M::U);
+    for (int u = 0; u < M::UNITS; ++u) raw[u] = load_chunk<X, M::U, false>(x + map.first_of_group(u) * X::size);
   }
+  JN_DEV void get(float (&pivot)[1][M::UNITS]) const {
+#pragma unroll
+    for (int u = 0; u < M::UNITS; ++u) {
+      float f[M::U], sum = 0.f;
+      widen<X, M::U, true>(raw[u], f);
+#pragma unroll
+      for (int i = 0; i < M::U; ++i) sum += f[i];
+      pivot[0][u] = sum * (1.f / M::U);
+    }
+  }
+};
+template <class M, class X> JN_DEV void first_values(const M& map, const char* x, float (&pivot)[1][M::UNITS]) {
+  FirstValues<M, X> first;
+  first.issue(map, x);
+  first.get(pivot);
 }
 
 // stats [batch, 3, C]: m, low and rstd of every channel's group, written by the blocks of the first part.
