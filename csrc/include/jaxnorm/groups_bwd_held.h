@@ -130,7 +130,7 @@ template <class M> struct TeamMeans {
 // one of the blocks that have its tile, in the order of add_partials with a wave of slices.
 template <class M, int EACH> struct ChannelMail {
   static constexpr int BLOCKS = M::PARTS / EACH, SLICES = 32, AT_ONCE = 4;
-  static_assert(kWave == SLICES, "a lane for each slice");
+  static_assert(M::WAVES * SLICES == M::THREADS, "a lane for each slice");
   char* words;  // of the tile
   u32 rows, first, apart;
 
