@@ -135,6 +135,17 @@ def test_blocks_that_meet_agree_with_their_case(channels: int, images: int, wave
     check_hip([held], "sm_90")
 
 
+def test_blocks_that_meet_on_the_way_back_agree_with_their_case() -> None:
+    args = {"x": "bfloat16[..., 64, 64, 16]", "weight": "bfloat16[16]", "bias": None}
+    call = {"op": "groupnorm", "args": args, "options": {"num_groups": 2, "channel_axis": -1}, "backend": "hip"}
+    stage = instances.stages(*spec.parse([call | {"grad": True, "rows": [160]}]), "sm_90", compilers=False)[-1]
+    (held,) = (i for i in instances.instances(stage, [160]).values() if i.launch.kernel.endswith("_bwd_held"))
+    case = bundle.case(held)
+    assert case.launch.meeting == 8 and case.problem.rows == 1
+    assert not case.outputs["words"].values.any()
+    check_hip([held], "sm_90")
+
+
 def test_every_kernel_of_the_triton_plans_agrees_with_its_case() -> None:
     found = [i for i in one_each(everything("triton", "sm_90")) if not is_large(i)]
     assert {i.launch.kernel for i in found} >= {"rmsnorm:rmsnorm_fwd", "rmsnorm:rmsnorm_bwd", "quant:quant_fwd"}

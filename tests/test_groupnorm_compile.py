@@ -42,6 +42,7 @@ CLUSTERS = [
 ]
 # sm_90: two teams to a block; some fetched again
 HELD = [Case(4, (128, 128), 320, 32), replace(SD_VAE[1], batch=2, silu=True), SD_VAE[0].first]
+HELD_BACKWARD = [Case(2, (128, 128), 512, 32, silu=True), Case(2, (128, 128), 320, 32)]
 HIP = [(name, t) for i, name in enumerate(KERNELS) for t in ("sm_90", AMD[i % len(AMD)])]
 
 
@@ -94,6 +95,19 @@ def test_hip_held(case):
     # words are whole accesses, and nobody waits for anything else
     assert "LD.E.128.STRONG.GPU" in text or "LDG.E.128.STRONG.GPU" in text
     assert "MEMBAR" not in text
+
+
+@pytest.mark.parametrize("case", HELD_BACKWARD, ids=str)
+def test_hip_held_backward(case):
+    """What a thread holds stays in registers; all of it is read past the registers first."""
+    need_compiler("sm_90")
+    problem = case.problem("groupnorm_bwd")
+    launch = groupnorm_hip.plan(problem)[0]
+    assert launch.kernel.endswith("bwd_held")
+    text = machine_code(launch, problem)
+    check_hip(launch, problem)
+    assert "LDGSTS.E.BYPASS.128" in text and "STG.E.128" in text
+    assert "LDG.E.128.STRONG.GPU" in text and "MEMBAR" not in text
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx1100"])

@@ -12,7 +12,7 @@ import simt_build
 import tolerances
 from cases_groupnorm import F16, F32, Case
 from jaxnorm.kernels.configs import _groups_held_bwd as held
-from jaxnorm.kernels.configs import groupnorm_hip
+from jaxnorm.kernels.configs import groupnorm_hip, shared_memory
 
 Cut, Held = groupnorm_hip.Cut, held.Held
 STAGE, TARGET = "groupnorm_bwd", "sm_90"
@@ -67,3 +67,40 @@ def test_values_and_bits(kernels, case, ways):
         for name, got, first in zip(("dx", "dweight", "dbias"), other, gradients[0], strict=True):
             if first is not None:
                 tolerances.assert_same_bits(got, first, name)
+
+
+def test_plan():
+    """Where teams hold the images depends on the batch and the channels, the order of the sums does not: that of the launches that
+    stand in, and of those for fewer or more examples."""
+    plan = lambda c, target=TARGET: groupnorm_hip.plan(c.problem(STAGE, target))  # noqa: E731
+    order = lambda k: [dict(k.constants)[n] for n in ("JN_PART", "JN_Q")]  # noqa: E731
+    image = Case(2, (128, 128), 512, 32)
+    served = (image, replace(image, silu=True), replace(image, channels=320), Case(1, (256, 256), 256, 32, x=F16))
+    for case in served:
+        launch, *others = plan(case)
+        held = dict(launch.constants)
+        assert launch.kernel.endswith("_bwd_held") and launch.meeting == launch.grid[0] <= 132 * held["JN_MIN_BLOCKS"]
+        assert [k.kernel.split("_")[-1] for k in others] == ["sums", "dx"]
+        assert all(k.meeting == -launch.meeting and not k.overlaps for k in others)
+        assert launch.shared <= shared_memory(TARGET) // held["JN_MIN_BLOCKS"]
+        for batch in (1, 2, 64):
+            apart = plan(replace(case, batch=batch))
+            assert all(order(k) == order(launch) for k in apart if k.kernel.endswith(("_bwd_held", "_sums")))
+    for target in ("sm_80", "sm_100", "gfx942"):
+        assert len(plan(image, target)) == 2
+    for other in (
+        replace(image, x=F32),
+        replace(image, spatial=(128, 127)),
+        replace(image, batch=4),  # more than half of it fetched again
+        replace(image, spatial=(64, 64)),  # small
+        replace(image, last=False),
+    ):
+        assert not any(k.meeting for k in plan(other)), other
+
+
+def test_candidates():
+    """All of one order of the sums."""
+    for case in (Case(2, (128, 128), 512, 32, silu=True), Case(2, (128, 128), 320, 32)):
+        found = [k for k, *_ in groupnorm_hip.candidates(case.problem(STAGE, TARGET)) if k.kernel.endswith("_held")]
+        assert len(found) > 2
+        assert len({tuple(dict(k.constants)[n] for n in ("JN_PART", "JN_Q")) for k in found}) == 1

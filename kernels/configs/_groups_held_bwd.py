@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import Launch, compute_units, shared_memory
-from ._groups import Cut, Sizes, has_vectors, map_macros, part_count, vector_types
+from ._groups import Cut, Lines, Sizes, has_vectors, map_macros, part_count, vector_types
 from ._groups_held import BUSY, RESERVED, SOURCE, TARGETS, team_count, whole
-from ._hip import _grid, _itemsize, _registers, _type
+from ._hip import MAX_THREADS, _grid, _itemsize, _registers, _type
 
 FEWEST = 8192
 """Pairs of a unit at least, 256 KB: with less the way over the device is longer than what it saves."""
@@ -30,11 +31,11 @@ class Held:
     registers: int
 
 
-def choose(s: Sizes, order: Cut) -> Held | None:
+def choose(s: Sizes, order: Cut | Lines) -> Held | None:
     """How the images are held, or None: they are too small or too large for that, or their parts are ragged. ``order``: the cut.
 
-    A block to a unit that has the widest tile for its threads, 640 of 96 registers, with SiLU 512 of 128; or two blocks that wait
-    at different times, where half the tile is lines of 128 bytes.
+    The widest tile for the threads of a unit, 640 of 96 registers, with SiLU 512 of 128; half of it, for two blocks that wait at
+    different times, where that is lines of 128 bytes.
 
     *H200*, this and two launches: 2x128x128x512 35.4 us and 43.6, 2x128x128x320 26.9 and 33.0 (28.7 in tiles of 80 channels),
     1x256x256x256 36.4 and 45.0. With SiLU 2x128x128x512 44.6 and 48.2, 2x128x128x320 37.5 and 46.9. Where more than half is fetched
@@ -42,7 +43,9 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     11.1, with SiLU 12.5 and 12.1."""
     p = s.problem
     images = ("x", "dy", "dx")
-    if p.target not in TARGETS or not s.last or s.v != s.wide or any(_itemsize(p, n) != 2 for n in images):
+    if p.target not in TARGETS or s.v != s.wide or any(_itemsize(p, n) != 2 for n in images):
+        return None
+    if isinstance(order, Lines):  # channels first
         return None
     order = replace(order, k=1)
     if not whole(s, order) or s.space < 4096:
@@ -52,10 +55,10 @@ def choose(s: Sizes, order: Cut) -> Held | None:
     tiles = [t for t in tiles if (n := _threads(s, order, t)) % 32 == 0 and n <= most]
     if not tiles:
         return None
-    tile, blocks = max(tiles), 1
+    tile = max(tiles)
     if tile // 2 in tiles and tile % 128 == 0:  # half of its channels, two bytes each
-        tile, blocks = tile // 2, 2
-    return held(s, order, tile, blocks)
+        tile //= 2
+    return held(s, order, tile, most // _threads(s, order, tile))
 
 
 def _threads(s: Sizes, order: Cut, tile: int) -> int:
@@ -84,6 +87,21 @@ def held(s: Sizes, order: Cut, tile: int, blocks: int, registers: int | None = N
     slots, registers = (slots, registers - spare) if registers >= spare else (slots - spare, registers)
     again = pairs - slots - registers
     return replace(h, slots=slots, registers=registers) if again <= AGAIN * pairs else None
+
+
+def candidates(s: Sizes, order: Cut | Lines) -> Iterator[Held]:
+    """Others near the choice, for a sweep."""
+    if isinstance(order, Lines) or (base := choose(s, order)) is None:
+        return
+    tile, blocks = base.cut.tile, base.cut.min_blocks
+    for registers in (base.registers - 4, base.registers - 2, base.registers + 2):
+        if registers >= 0 and (h := held(s, order, tile, blocks, registers)):
+            yield h
+    for other in (tile // 2, tile * 2):
+        if other % s.narrowest == 0 and s.channels % other == 0 and order.q * other // s.v <= MAX_THREADS:
+            for n in {1, blocks * tile // other} - {0}:
+                if h := held(s, order, other, n):
+                    yield h
 
 
 def pair_count(h: Held) -> int:

@@ -66,10 +66,10 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
         return _forward_launches(s, *apart)
     if h := _groups_cluster_bwd.choose(s):
         return _groups_cluster_bwd.launches(s, h, _groups_cluster_bwd.examples(s, h))
-    sums, dx = _backward(s)
-    apart = _backward_launches(s, sums, dx)
-    if isinstance(sums, Cut) and (h := _groups_held_bwd.choose(s, sums)):
-        return _groups_held_bwd.launches(s, h, apart)
+    cuts = _backward(s)
+    apart = _backward_launches(s, *cuts)
+    if held := _groups_held_bwd.choose(s, cuts[0]):
+        return _groups_held_bwd.launches(s, held, apart)
     return apart
 
 
@@ -87,7 +87,13 @@ def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
             (_forward_launches(s, c) for c in _forward_candidates(s)),
         )
         if problem.stage == "groupnorm_fwd"
-        else (_backward_launches(s, *c) for c in _backward_candidates(s))
+        else chain(
+            (
+                _groups_held_bwd.launches(s, h, _backward_launches(s, *_backward(s)))
+                for h in _groups_held_bwd.candidates(s, _backward(s)[0])
+            ),
+            (_backward_launches(s, *c) for c in _backward_candidates(s)),
+        )
     )
     for launches in others:
         if launches not in found and _fits(problem, launches):
