@@ -48,18 +48,21 @@ def params_of(config: model.Config, seed: int) -> model.Params:
 
 
 def alone(params: model.Params, config: model.Config) -> list[int]:
-    """The single-device model, examples/gemma's own forward."""
-    slots = -(-(len(PROMPT) + NEW) // model.PAGE) * model.PAGE
-    table = model.rope_tables(config, slots)
-    step = jax.jit(lambda t, c, at: model.forward(params, config, t, table, c, at))
-    cache = model.init_cache(config, 1, slots, "float32")
-    tokens, at, found = jnp.asarray([PROMPT]), 0, []
-    while len(found) < NEW:
-        hidden, cache = step(tokens, cache, jnp.int32(at))
-        found.append(int(jnp.argmax(model.logits(params, hidden[:, -1]))))
-        at += tokens.shape[1]
-        tokens = jnp.asarray([[found[-1]]])
-    return found
+    """The single-device model, examples/gemma's own forward: all tokens again for each that is added, so that it is one program."""
+    length = len(PROMPT) + NEW
+    slots = -(-length // model.PAGE) * model.PAGE
+    table, cache = model.rope_tables(config, slots), model.init_cache(config, 1, slots, "float32")
+
+    @jax.jit
+    def following(tokens: jax.Array) -> jax.Array:
+        hidden, _ = model.forward(params, config, tokens, table, cache, jnp.int32(0))
+        return jnp.argmax(model.logits(params, hidden), -1)
+
+    tokens = list(PROMPT)
+    while len(tokens) < length:
+        padded = jnp.asarray([tokens + [0] * (length - len(tokens))])  # attention is causal: what follows is not seen
+        tokens.append(int(following(padded)[0, len(tokens) - 1]))
+    return tokens[len(PROMPT) :]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
