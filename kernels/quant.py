@@ -136,7 +136,9 @@ def quant_fwd(
         y = transformed(xh, w, b, x_ptr, HAS_WEIGHT, HAS_BIAS, CAST_BEFORE_WEIGHT)
     else:
         y = n
-    if NORM != "" and P > N:  # 0 * rstd is not 0 when rstd is NaN, nor is the bias
+    # Behind the row 0 * rstd is not 0 when rstd is NaN, nor is the bias; and a LayerNorm has -mean * rstd there, which the maximum
+    # of the row must not see.
+    if (NORM != "" and P > N) or (NORM == "layernorm" and N < WIDTH):
         y = tl.where(live, y, 0.0)
     if HAS_Y:
         store(y_ptr + row * P, cols, y, padded, MASK_P)

@@ -12,10 +12,12 @@ import tolerances
 triton = pytest.importorskip("triton", reason="needs triton: not installed")
 
 import interpreter  # noqa: E402
-from cases_layernorm import EPS12, NONE, Case, quant_cases, thinned  # noqa: E402
+from cases_layernorm import EPS12, NONE, Case, quant_case, quant_cases, thinned  # noqa: E402
 from jaxnorm.kernels.configs import quant_triton, rmsnorm_triton  # noqa: E402
 from layernorm_problems import Call, QuantCall  # noqa: E402
 from test_triton_interpret import few_programs, run_backward  # noqa: E402
+
+from jaxnorm import QuantSpec  # noqa: E402
 
 BF16, F16, F32 = cases.FLOATS
 MEAN = {"mean": 1e4, "std": 1.0}
@@ -157,6 +159,23 @@ QUANT = [QuantCall(c, ("sm_90", "gfx942")[i % 2]) for i, c in enumerate(quant_ca
 @pytest.mark.parametrize("call", thinned(QUANT, 2))
 def test_quant(call):
     a = call.arrays()
+    p = call.problem(a)
+    call.check(a, interpreter.run(quant_triton.plan(p), p, a))
+
+
+FAR = [
+    quant_case(QuantSpec("int8"), features=97, lead=(3,), weight_dtype=None),
+    quant_case(QuantSpec("int8"), features=384, lead=(3,), residual_dtype=F32, options={"weight_offset": 1.0}),
+    quant_case(QuantSpec("int8"), features=100, lead=(3,), x_dtype=F16, options={"cast": "before_weight"}),
+]
+
+
+@pytest.mark.parametrize("case", FAR, ids=lambda c: c.id)
+def test_quant_of_rows_far_from_zero(case):
+    """Behind the row of a tile lies -mean * rstd, which no weight, an offset or a cast to infinity leaves in the maximum."""
+    call = QuantCall(case)
+    a = call.arrays()
+    a["x"] = (a["x"] / (1000 if case.x_dtype == F16 else 1) + 300).astype(a["x"].dtype)
     p = call.problem(a)
     call.check(a, interpreter.run(quant_triton.plan(p), p, a))
 
