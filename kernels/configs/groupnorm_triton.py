@@ -61,18 +61,12 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
 def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     """Plans worth timing against :func:`plan`, the plan itself first; the same stage in other orders of the sums."""
     s = _check(problem)
-    found = [plan(problem)]
     forward = problem.stage == "groupnorm_fwd"
-    for tile in _tiles(s):
-        launches = _forward_in_parts(s, tile) if forward else _backward(s, tile)
-        if launches not in found:
-            found.append(launches)
+    found = [plan(problem), *(_forward_in_parts(s, t) if forward else _backward(s, t) for t in _tiles(s))]
     if forward and (chip := _on_chip(s, most=4 * ON_CHIP)) is not None:
-        for warps in (4, 8, 16, 32):
-            launches = (_forward(s, dataclasses.replace(chip, warps=warps)),)
-            if launches not in found and chip.pos * chip.ch <= 2048 * warps:
-                found.append(launches)
-    return found
+        warps = [w for w in (4, 8, 16, 32) if chip.pos * chip.ch <= 2048 * w]
+        found += [(_forward(s, dataclasses.replace(chip, warps=w)),) for w in warps]
+    return list(dict.fromkeys(found))
 
 
 def _check(problem: Problem) -> _Sizes:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, next_power_of_2, wave_size
-from .rmsnorm_triton import GRID_COLUMNS, MAX_FEATURES, MAX_ROWS, Tile
+from .rmsnorm_triton import GRID_COLUMNS, Tile, check, check_counts
 
 STAGES = {"rmsnorm_quant_fwd": "rmsnorm", "layernorm_quant_fwd": "layernorm", "quantize_fwd": ""}
 """The norm of each."""
@@ -72,25 +72,12 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
 
 def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     """Plans worth timing against :func:`plan`, the plan itself first."""
-    found = [plan(problem)]
-    for shape in _shapes(problem):
-        launches = (_launch(problem, shape),)
-        if launches not in found:
-            found.append(launches)
-    return found
+    return list(dict.fromkeys((plan(problem), *((_launch(problem, shape),) for shape in _shapes(problem)))))
 
 
 def _check(problem: Problem) -> None:
-    if problem.stage not in STAGES:
-        raise Unsupported(f"no Triton kernel for the stage {problem.stage}")
-    if problem.rows < 1:
-        raise Unsupported("no rows: nothing to launch")
-    if dict(problem.options).get("parts", 1) != 1:
-        raise Unsupported("no Triton kernel adds up the partial sums of ranks")
-    if max(problem.rows, _scale_rows(problem)) > MAX_ROWS:
-        raise Unsupported(f"{problem.rows} rows; the kernels count up to {MAX_ROWS}")
-    if _padded(problem) > MAX_FEATURES:
-        raise Unsupported(f"rows of {_padded(problem)} elements; the kernels take up to {MAX_FEATURES}")
+    check(problem, STAGES)
+    check_counts(max(problem.rows, _scale_rows(problem)), _padded(problem))
     group = problem.option("spec").group_size
     if group is None:
         return

@@ -8,7 +8,7 @@ registers and lanes (compiled and inspected, not run on AMD silicon).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from . import ITEMSIZE, Launch, Problem, Unsupported, compute_units, next_power_of_2, shared_memory, wave_size
@@ -91,7 +91,8 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
     Raises:
       Unsupported: another stage, no rows, or more rows or features than the kernels count.
     """
-    _check(problem)
+    check(problem, STAGES)
+    check_counts(problem.rows, _padded(problem))
     if _forward(problem):
         width = next_power_of_2(_padded(problem))
         if width <= TILE_FWD[_family(problem)]:
@@ -106,25 +107,26 @@ def plan(problem: Problem) -> tuple[Launch, ...]:
 
 def candidates(problem: Problem) -> list[tuple[Launch, ...]]:
     """Plans worth timing against :func:`plan`, the plan itself first; all compute the same stage, in other orders of the sums."""
-    found = [plan(problem)]
     maker = _fwd_candidates if _forward(problem) else _bwd_candidates
-    for launches in maker(problem):
-        if launches not in found:
-            found.append(launches)
-    return found
+    return list(dict.fromkeys((plan(problem), *maker(problem))))
 
 
-def _check(problem: Problem) -> None:
-    if problem.stage not in STAGES:
+def check(problem: Problem, stages: Container[str]) -> None:
+    """Raises Unsupported for what the kernels of rows do not do."""
+    if problem.stage not in stages:
         raise Unsupported(f"no Triton kernel for the stage {problem.stage}")
     if problem.rows < 1:
         raise Unsupported("no rows: nothing to launch")
     if dict(problem.options).get("parts", 1) != 1:
         raise Unsupported("no Triton kernel adds up the partial sums of ranks")
-    if problem.rows > MAX_ROWS:
-        raise Unsupported(f"{problem.rows} rows; the kernels count up to {MAX_ROWS}")
-    if _padded(problem) > MAX_FEATURES:
-        raise Unsupported(f"rows of {_padded(problem)} elements; the kernels take up to {MAX_FEATURES}")
+
+
+def check_counts(rows: int, width: int) -> None:
+    """Raises Unsupported for more than they count: rows, and elements of a row with its padding."""
+    if rows > MAX_ROWS:
+        raise Unsupported(f"{rows} rows; the kernels count up to {MAX_ROWS}")
+    if width > MAX_FEATURES:
+        raise Unsupported(f"rows of {width} elements; the kernels take up to {MAX_FEATURES}")
 
 
 def _forward(problem: Problem) -> bool:
