@@ -34,11 +34,11 @@ class Held:
 def choose(s: Sizes, order: Cut | Lines) -> Held | None:
     """How the images are held, or None: they are too small or too large for that, or their parts are ragged. ``order``: the cut.
 
-    The widest tile for the threads of a unit, 640 of 96 registers, with SiLU 512 of 128; half of it, for two blocks that wait at
-    different times, where that is lines of 128 bytes.
+    The widest tile for the 640 threads of a unit; half of it, for two blocks that wait at different times, where that is lines of 128
+    bytes.
 
-    *H200*, this and two launches: 2x128x128x512 35.4 us and 43.6, 2x128x128x320 26.9 and 33.0 (28.7 in tiles of 80 channels),
-    1x256x256x256 36.4 and 45.0. With SiLU 2x128x128x512 44.6 and 48.2, 2x128x128x320 37.5 and 46.9. Where more than half is fetched
+    *H200*, this and two launches: 2x128x128x512 37.4 us and 43.6, 2x128x128x320 26.9 and 33.0 (28.7 in tiles of 80 channels),
+    1x256x256x256 36.4 and 45.0. With SiLU 2x128x128x512 44.6 and 48.2. Where more than half is fetched
     again: 4x128x128x320 62.6 and 61.5, 2x256x256x256 81.9 and 86.2, 8x64x64x640 86.9 and 60.3; a small image, 2x64x64x320, 10.8 and
     11.1, with SiLU 12.5 and 12.1."""
     p = s.problem
@@ -50,7 +50,7 @@ def choose(s: Sizes, order: Cut | Lines) -> Held | None:
     order = replace(order, k=1)
     if not whole(s, order) or s.space < 4096:
         return None
-    most = 512 if p.option("silu") else 640
+    most = 640
     tiles = [t for t in range(s.narrowest, s.channels + 1, s.narrowest) if s.channels % t == 0]
     tiles = [t for t in tiles if (n := _threads(s, order, t)) % 32 == 0 and n <= most]
     if not tiles:

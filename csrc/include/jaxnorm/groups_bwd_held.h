@@ -15,7 +15,7 @@ struct Pair {
 
 // A thread's pairs of EACH parts, AT_ONCE at a time. All that are held come through shared memory, DEPTH on their way;
 // the first REGISTERS of them move on to registers when others take their slots. The last are read to registers, and
-// read again when all is known: the second-level cache is told to keep those, not what is held. Loops are not unrolled:
+// read again when all is known: the second-level cache is told to keep those. Loops are not unrolled:
 // the compiler would have all loads at once, and no registers for what is held.
 template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs {
   using Flat = typename M::template Whole<EACH>;
@@ -98,8 +98,8 @@ template <class M, class X, int EACH, int SLOTS, int REGISTERS> struct HeldPairs
     if (c < HELD && map.live_chunk()) {
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        async_copy_once(at(c + i) + 16 * map.thread, x + place(c + i));
-        async_copy_once(at(c + i) + Slot::footprint + 16 * map.thread, dy + place(c + i));
+        Slot::fetch(at(c + i), map.thread, x + place(c + i));
+        Slot::fetch(at(c + i) + Slot::footprint, map.thread, dy + place(c + i));
       }
     }
     async_commit();

@@ -1,5 +1,6 @@
 // What NVIDIA's second-level cache is told of single accesses: evicted first what is not read again, last what is.
-// Plain accesses elsewhere.
+// Plain accesses elsewhere. No copies to shared memory: of `cp.async` with such a hint ptxas 13.0 made instructions
+// that the H200 refused, in one kernel of three.
 #pragma once
 #include "jaxnorm/vec.h"
 
@@ -31,18 +32,11 @@ JN_DEV void store_once(char* p, const Bits<16>& b) {
                : "l"(p), "r"(b.word[0]), "r"(b.word[1]), "r"(b.word[2]), "r"(b.word[3]), "l"(evict_first())
                : "memory");
 }
-JN_DEV void async_copy_once(unsigned char* to, const char* from) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
-               :
-               : "r"(u32(__cvta_generic_to_shared(to))), "l"(from), "l"(evict_first())
-               : "memory");
-}
 // ... and that this kernel does.
 JN_DEV Bits<16> load_kept(const char* p) { return load_with(p, evict_last()); }
 #else
 JN_DEV Bits<16> load_once(const char* p) { return load_piece<16, true>(p); }
 JN_DEV void store_once(char* p, const Bits<16>& b) { store_bits(p, b); }
-JN_DEV void async_copy_once(unsigned char* to, const char* from) { async_copy<16>(to, from); }
 JN_DEV Bits<16> load_kept(const char* p) { return load_piece<16, true>(p); }
 #endif
 
