@@ -138,6 +138,17 @@ def store(base, cols, v, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def store_share(base, sums, cols, live, N: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of a program over its rows, [N]."""
+    WIDTH: tl.constexpr = BLOCK * (CHUNKS if CHUNKS > 0 else 1)
+    if CHUNKS > 0:
+        flat = (tl.arange(0, CHUNKS) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+        store(base, flat, tl.sum(sums, axis=0), flat < N, N < WIDTH)
+    else:
+        store(base, cols, sums, live, N < WIDTH)
+
+
+@triton.jit
 def add_shares(
     share_ptr, PROGRAMS, total_ptr, N: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

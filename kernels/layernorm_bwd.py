@@ -19,6 +19,7 @@ from ._common import (
     row_sum,
     spread,
     store,
+    store_share,
     tile_cols,
     tile_rows,
 )
@@ -57,17 +58,6 @@ def _bias_at(x_bias_ptr, n, cols, live, HAS_X_BIAS: tl.constexpr, MASKED: tl.con
         return load(x_bias_ptr, cols, live, MASKED)
     else:
         return n
-
-
-@triton.jit
-def _store_share(base, sums, cols, live, N: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums of a program over its rows, [N]."""
-    WIDTH: tl.constexpr = BLOCK * (CHUNKS if CHUNKS > 0 else 1)
-    if CHUNKS > 0:
-        flat = (tl.arange(0, CHUNKS) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-        store(base, flat, tl.sum(sums, axis=0), flat < N, N < WIDTH)
-    else:
-        store(base, cols, sums, live, N < WIDTH)
 
 
 @triton.jit
@@ -187,11 +177,11 @@ def layernorm_bwd(
             n, dy, m0, e, scale = after
     share = pid.to(tl.int64) * N
     if HAS_DWEIGHT:
-        _store_share(dweight_ptr + share, dweight, cols, live, N, CHUNKS, BLOCK)
+        store_share(dweight_ptr + share, dweight, cols, live, N, CHUNKS, BLOCK)
     if HAS_DBIAS:
-        _store_share(dbias_ptr + share, dbias, cols, live, N, CHUNKS, BLOCK)
+        store_share(dbias_ptr + share, dbias, cols, live, N, CHUNKS, BLOCK)
     if HAS_DX_BIAS:
-        _store_share(dx_bias_ptr + share, dx_bias, cols, live, N, CHUNKS, BLOCK)
+        store_share(dx_bias_ptr + share, dx_bias, cols, live, N, CHUNKS, BLOCK)
 
 
 @triton.jit

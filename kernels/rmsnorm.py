@@ -25,6 +25,7 @@ from ._common import (
     spread,
     store,
     store_row_scalar,
+    store_share,
     summed,
     tile_cols,
     tile_rows,
@@ -200,7 +201,7 @@ def rmsnorm_bwd(
     PROGRAMS,
     dx_ptr,  # [M, N]
     dresidual_ptr,  # [M, N]
-    partial_ptr,  # [PROGRAMS, N] float32
+    dweight_ptr,  # [PROGRAMS, N] float32 shares, or the gradient itself if one program has all rows
     N: tl.constexpr,
     P: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
@@ -280,12 +281,7 @@ def rmsnorm_bwd(
         if PREFETCH:
             n, dy, scale = after
     if HAS_DWEIGHT:
-        share = partial_ptr + pid.to(tl.int64) * N
-        if CHUNKS > 0:
-            flat = (tl.arange(0, CHUNKS) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-            store(share, flat, tl.sum(sums, axis=0), flat < N, N < WIDTH)
-        else:
-            store(share, cols, sums, live, N < WIDTH)
+        store_share(dweight_ptr + pid.to(tl.int64) * N, sums, cols, live, N, CHUNKS, BLOCK)
 
 
 @triton.jit
@@ -349,7 +345,7 @@ def rmsnorm_bwd_columns(
     dy_ptr,  # [M, P]
     M,
     PROGRAMS,
-    partial_ptr,  # [PROGRAMS, N] float32
+    dweight_ptr,  # [PROGRAMS, N] float32 shares, or the gradient itself if one program has all rows
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -368,16 +364,16 @@ def rmsnorm_bwd_columns(
         dy = load(dy_ptr + row * P, cols, live, MASKED).to(tl.float32)
         sums += dy * (n * tl.load(rstd_ptr + row))
         row += PROGRAMS
-    store(partial_ptr + pid.to(tl.int64) * N, cols, sums, live, MASKED)
+    store(dweight_ptr + pid.to(tl.int64) * N, cols, sums, live, MASKED)
 
 
 @triton.jit
 def rmsnorm_bwd_reduce(
-    partial_ptr,  # [PROGRAMS, N] float32
+    share_ptr,  # [PROGRAMS, N] float32
     PROGRAMS,
     dweight_ptr,  # [N]
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    add_shares(partial_ptr, PROGRAMS, dweight_ptr, N, N, ROWS, BLOCK)
+    add_shares(share_ptr, PROGRAMS, dweight_ptr, N, N, ROWS, BLOCK)

@@ -35,6 +35,6 @@ MUTANTS = (
     Mutant("HIP: dx_bias without the residual's cotangent", BACKWARD, "columns[Sums::FIRST_DXB][k][i] += ds[i];", "columns[Sums::FIRST_DXB][k][i] += norm.rstd * norm.inner(x[i], g[i]);", SIMT + "test_backward"),
     Mutant("HIP: dbias of the weighted cotangent", BACKWARD, "columns[Sums::FIRST_DB][k][i] += g[i];", "columns[Sums::FIRST_DB][k][i] += g[i] * x[i];", SIMT + "test_backward"),
     Mutant("Triton: deviations of columns that are not there", "kernels/_common.py", "        d = tl.where(live, d, 0.0)", "        d = d", TRITON + "test_forward"),
-    Mutant("Triton: share of dbias in the place of dweight", TRITON_BACKWARD, "_store_share(dbias_ptr + share, dbias", "_store_share(dweight_ptr + share, dbias", TRITON + "test_backward"),
+    Mutant("Triton: share of dbias in the place of dweight", TRITON_BACKWARD, "store_share(dbias_ptr + share, dbias", "store_share(dweight_ptr + share, dbias", TRITON + "test_backward"),
     Mutant("Triton: x_bias forgotten in the second reading", TRITON_BACKWARD, "_bias_at(x_bias_ptr, again, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, HAS_X_BIAS", "_bias_at(x_bias_ptr, again, cols, live, HAS_X_BIAS, N < WIDTH), mean, shift, rstd, False", TRITON + "reread"),
 )  # fmt: skip

@@ -394,7 +394,7 @@ def _bwd_long(problem: Problem, loop: Loop) -> tuple[Launch, ...]:
 
 
 def _reduce(problem: Problem, programs: int) -> tuple[Launch, ...]:
-    """Sum of the partials. Narrow column blocks give enough programs; all rows in one or two reads hide the latency."""
+    """Sum of the shares. Narrow column blocks give enough programs; all rows in one or two reads hide the latency."""
     rows, block = min(max(next_power_of_2(programs), 16), 512), 16
     wanted, layer = _vectors(problem), _layer(problem)
     outputs = (*wanted, *(n for n in SUMS if n not in wanted)) if layer else SUMS[:1]
