@@ -98,6 +98,24 @@ def test_quant_of_wider_rows(features, backend):
 
 
 @backends
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"x_dtype": F32, "weight_dtype": None},
+        {"x_dtype": F32, "residual_dtype": F32, "options": {"weight_offset": 1.0}},
+        {"x_dtype": F16, "options": {"cast": "before_weight"}},
+    ],
+    ids=str,
+)
+def test_quant_of_rows_far_from_zero(more, backend):
+    """The maximum of a row leaves out what a tile holds behind it."""
+    case = quant_case(QuantSpec("int8"), features=768, lead=(33,), **more)
+    arrays = case.arrays()
+    arrays["x"] = (arrays["x"] / (1 if case.x_dtype == F32 else 1000) + 300).astype(arrays["x"].dtype)
+    case.check(arrays, case.run(arrays, backend))
+
+
+@backends
 @pytest.mark.parametrize("features", [97, 384, 1024, 2880, 4096, 8192])
 def test_a_row_in_any_batch(features, backend):
     """The same rows alone and in batches of 2 to 8192: same bits, forward and dx; two runs: the sums, too."""
