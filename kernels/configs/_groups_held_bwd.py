@@ -34,8 +34,8 @@ class Held:
 def choose(s: Sizes, order: Cut | Lines) -> Held | None:
     """How the images are held, or None: they are too small or too large for that, or their parts are ragged. ``order``: the cut.
 
-    The widest tile for the 640 threads of a unit; half of it, for two blocks that wait at different times, where that is lines of 128
-    bytes.
+    The widest tile for the 640 threads of a unit; half of it, for two blocks that wait at different times, where that is lines of
+    128 bytes.
 
     *H200*, this and two launches: 2x128x128x512 37.4 us and 43.6, 2x128x128x320 26.9 and 33.0 (28.7 in tiles of 80 channels),
     1x256x256x256 36.4 and 45.0. With SiLU 2x128x128x512 44.6 and 48.2. Where more than half is fetched
