@@ -11,17 +11,28 @@ Axes = tuple[str, ...]
 def row_sum(v: jax.Array, axes: Axes = ()) -> jax.Array:
     """Sum over the last axis, kept with size 1: float32 ``[..., N] -> [..., 1]``.
 
-    A written-out halving tree: ``jnp.sum`` over a row changes its bits with the number of rows on CPU, this does not. ``axes``
-    are the mesh axes over which the features are sharded; each shard adds its part, one float a row crosses the wire.
+    ``axes`` are the mesh axes over which the features are sharded; each shard adds its part, one float a row crosses the wire.
     """
-    n = v.shape[-1]
-    width = 1 << max(n - 1, 0).bit_length()
-    if width != n:
-        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, width - n)])
-    while width > 1:
-        width //= 2
-        v = v[..., :width] + v[..., width:]
-    return jax.lax.psum(v, axes) if axes else v
+    total = tree_sum(v, v.ndim - 1)
+    return jax.lax.psum(total, axes) if axes else total
+
+
+def tree_sum(v: jax.Array, axis: int) -> jax.Array:
+    """Sum over ``axis``, kept with size 1.
+
+    A written-out halving tree: ``jnp.sum`` over a row changes its bits with the number of rows on CPU, this does not. Of an odd
+    number the last waits for the next round; padding to a power of two took five times as long there.
+    """
+    n = v.shape[axis]
+    if n == 0:
+        return jnp.zeros((*v.shape[:axis], 1, *v.shape[axis + 1 :]), v.dtype)
+    while n > 1:
+        half = n // 2
+        pairs = jax.lax.slice_in_dim(v, 0, half, axis=axis) + jax.lax.slice_in_dim(v, half, 2 * half, axis=axis)
+        if n % 2:
+            pairs = jnp.concatenate([pairs, jax.lax.slice_in_dim(v, n - 1, n, axis=axis)], axis=axis)
+        v, n = pairs, half + n % 2
+    return v
 
 
 def rounded(v: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ._common import Axes, f32, row_sum
+from ._common import Axes, f32, tree_sum
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,31 @@ class Layout:
     """Elements of a whole group, all shards together."""
 
     def split(self, a: jax.Array) -> jax.Array:
-        """``[..., G, S, channels of a group]``, or ``[..., G, channels of a group, S]``."""
+        """``[..., S, G, channels of a group]``, or ``[..., G, channels of a group, S]``."""
         lead = a.shape[: a.ndim - self.spatial - 1]
-        if not self.last:
-            return a.reshape(*lead, a.shape[len(lead)] // self.group, self.group, math.prod(a.shape[len(lead) + 1 :]))
-        space = math.prod(a.shape[len(lead) : -1])
-        return jnp.moveaxis(a.reshape(*lead, space, a.shape[-1] // self.group, self.group), -3, -2)
-
-    def join(self, a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """The inverse of :meth:`split`."""
-        return (jnp.moveaxis(a, -2, -3) if self.last else a).reshape(shape)
+        if self.last:
+            return a.reshape(*lead, math.prod(a.shape[len(lead) : -1]), a.shape[-1] // self.group, self.group)
+        return a.reshape(*lead, a.shape[len(lead)] // self.group, self.group, math.prod(a.shape[len(lead) + 1 :]))
 
     def channels(self, a: jax.Array) -> jax.Array:
         """``[..., C]`` in a shape that broadcasts over :meth:`split`."""
         a = f32(a).reshape(*a.shape[:-1], a.shape[-1] // self.group, self.group)
-        return a[..., None, :] if self.last else a[..., None]
+        return a[..., None, :, :] if self.last else a[..., None]
 
     def mean(self, *values: jax.Array, axes: Axes = ()) -> list[jax.Array]:
         """Means over each group, in shapes that broadcast over :meth:`split`; all in one sum over ``axes``."""
-        flat = jnp.stack([v.reshape(*v.shape[:-2], math.prod(v.shape[-2:])) for v in values])
-        total = row_sum(flat, axes)[..., None]
+        space, channel = (-3, -1) if self.last else (-1, -2)
+        total = jnp.stack([tree_sum(tree_sum(v, v.ndim + space), v.ndim + channel) for v in values])
+        if axes:
+            total = jax.lax.psum(total, axes)
         # A division that stays one. As a product with 1 / N, m0 would be multiplied and subtracted with one rounding in one place
         # and with two in another, and e would belong to neither.
         means = jax.lax.div(total, jax.lax.optimization_barrier(jnp.full_like(total, float(self.count))))
         return [means[i] for i in range(len(values))]
 
     def of_channels(self, per_group: jax.Array) -> jax.Array:
-        """``[..., G, 1, 1]`` repeated for every channel: ``[..., C]``."""
-        return jnp.repeat(per_group[..., 0, 0], self.group, axis=-1)
+        """A value of each group, as :meth:`mean` has it, repeated for every channel: ``[..., C]``."""
+        return jnp.repeat(per_group[..., 0, :, 0] if self.last else per_group[..., 0, 0], self.group, axis=-1)
 
 
 def _affine(xh: jax.Array, weight: jax.Array | None, bias: jax.Array | None, layout: Layout) -> jax.Array:
@@ -92,7 +89,7 @@ def forward(
     if silu:
         v = v / (1.0 + jnp.exp(-v))
     stats = jnp.stack([layout.of_channels(s) for s in (center, e, rstd)], axis=-2)
-    return {"y": layout.join(v.astype(out_dtype), x.shape), "stats": stats}
+    return {"y": v.astype(out_dtype).reshape(x.shape), "stats": stats}
 
 
 def backward(
@@ -122,6 +119,6 @@ def backward(
     gw = g if weight is None else g * layout.channels(weight)
     along, plain = layout.mean(gw * xh, gw, axes=axes)
     dx = rstd * ((gw - plain) - xh * along)
-    rows = (*range(g.ndim - 3), g.ndim - 2 if layout.last else g.ndim - 1)  # all but group and channel of the group
+    rows = (*range(g.ndim - 3), g.ndim - 3 if layout.last else g.ndim - 1)  # all but group and channel of the group
     sums = {n: jnp.sum(t, axis=rows).reshape(-1) for n, t in (("dweight", g * xh), ("dbias", g)) if n in dtypes}
-    return {n: a.astype(dtypes[n]) for n, a in {"dx": layout.join(dx, x.shape), **sums}.items()}
+    return {n: a.astype(dtypes[n]) for n, a in {"dx": dx.reshape(x.shape), **sums}.items()}
