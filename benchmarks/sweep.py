@@ -67,8 +67,7 @@ def make_problem(stage: str, cell: Cell, target: str) -> Any:
         if stage.endswith("train"):
             shapes["rstd"] = row
         options = (("eps", EPS), ("weight_offset", 0.0), ("cast", "output"), ("residual_rounding", "float32"))
-    f32 = ("rstd", "dweight")
-    dtypes = tuple((name, "float32" if name in f32 else dtype) for name in shapes)
+    dtypes = tuple((name, "float32" if name == "rstd" else dtype) for name in shapes)
     kind = "rmsnorm_bwd" if backward else "rmsnorm_fwd"
     return Problem(
         stage=kind, rows=m, features=n, shapes=tuple(shapes.items()), dtypes=dtypes, options=options, target=target
