@@ -21,7 +21,7 @@ def tree_sum(v: jax.Array, axis: int) -> jax.Array:
     """Sum over ``axis``, kept with size 1.
 
     A written-out halving tree: ``jnp.sum`` over a row changes its bits with the number of rows on CPU, this does not. Of an odd
-    number the last waits for the next round; padding to a power of two took five times as long there.
+    number the last waits for the next round; padding to a power of two took three times as long there (1024x768).
     """
     n = v.shape[axis]
     if n == 0:
